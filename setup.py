@@ -74,6 +74,9 @@ class BuildExt(build_ext):
             if REQUIRED:
                 raise
             print(f"fastlora: installing without fastlora._C: the build failed: {error}")
+            # An older binary must not be taken for the result of this build.
+            for stale in [self.get_ext_fullpath(ext.name), *glob("fastlora/_C.*")]:
+                Path(stale).unlink(missing_ok=True)
 
     def compile_all(self, files, output_dir=None, macros=None, include_dirs=None, debug=0, extra_postargs=None, **_):
         compiler = type(self.compiler)

