@@ -1,0 +1,84 @@
+#include "gate.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
+
+#include <algorithm>
+
+namespace fastlora {
+namespace {
+
+bool uniform(IntArrayRef ranks) {
+  return std::all_of(ranks.begin(), ranks.end(), [&](int64_t r) { return r == ranks[0]; });
+}
+
+// (..., E) -> (..., R), each adapter's gate once per rank row; no index tensor, so nothing is copied to the device
+Tensor spread(const Tensor& g, IntArrayRef ranks) {
+  const auto E = static_cast<int64_t>(ranks.size());
+  if (E < 2 || g.dim() == 0 || g.size(-1) != E) return g;
+  auto sizes = g.sizes().vec();
+  if (uniform(ranks)) {
+    sizes.push_back(ranks[0]);
+    return g.unsqueeze(-1).expand(sizes).flatten(-2);
+  }
+  Tensors parts;
+  for (int64_t e = 0; e < E; e++) {
+    sizes.back() = ranks[e];
+    parts.push_back(g.narrow(-1, e, 1).expand(sizes));
+  }
+  return at::cat(parts, -1);
+}
+
+// (M, R) -> (M, E)
+Tensor gather(const Tensor& dg, IntArrayRef ranks) {
+  if (ranks.empty()) return dg;
+  const auto E = static_cast<int64_t>(ranks.size());
+  if (uniform(ranks)) return dg.reshape({dg.size(0), E, ranks[0]}).sum(-1);
+  Tensors parts;
+  int64_t start = 0;
+  for (auto r : ranks) {
+    parts.push_back(dg.narrow(1, start, r).sum(-1));
+    start += r;
+  }
+  return at::stack(parts, -1);
+}
+
+}  // namespace
+
+Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, int64_t R, const Tensor& like,
+               at::ScalarType dtype) {
+  Gate gate;
+  if (!gates && scaling.dim() == 0 && scaling.is_cpu()) {
+    gate.scalar = scaling.item<double>();
+    return gate;
+  }
+  auto g = scaling.to(like.device(), dtype);
+  if (gates) g = g * gates->to(dtype);
+  g = spread(g, ranks);
+  auto leading = g.sizes().slice(0, std::max<int64_t>(g.dim() - 1, 0));
+  if (std::all_of(leading.begin(), leading.end(), [](int64_t s) { return s == 1; })) {
+    if (g.dim() > 1) g = g.reshape({g.size(-1)});
+    gate.rows = g.expand({R}).contiguous();
+  } else {
+    gate.rows = g.expand(with_last(like.sizes(), R)).reshape({rows_of(like), R}).contiguous();
+  }
+  return gate;
+}
+
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& dg, const Tensor& scaling, const MaybeTensor& gates,
+                                         IntArrayRef ranks, const Tensor& like, bool need_scaling, bool need_gates) {
+  auto empty = at::empty({0}, dg.options());
+  if (!need_scaling && !need_gates) return {empty, empty};
+  auto each = gather(dg, ranks);
+  each = each.reshape(with_last(like.sizes(), each.size(-1)));
+  const auto sum_to = [](const Tensor& grad, const Tensor& t) {
+    return grad.sum_to_size(t.sizes()).to(t.device(), t.scalar_type(), /*non_blocking=*/false, /*copy=*/false);
+  };
+  auto dscaling = empty, dgates = empty;
+  if (need_scaling) dscaling = sum_to(gates ? each * gates->to(each.scalar_type()) : each, scaling);
+  if (need_gates) dgates = sum_to(each * scaling.to(each.device(), each.scalar_type()), *gates);
+  return {dscaling, dgates};
+}
+
+}  // namespace fastlora

@@ -1,0 +1,63 @@
+// The ops' argument types, as torch.library hands them over.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastlora {
+
+using at::IntArrayRef;
+using at::Tensor;
+using at::TensorList;
+using MaybeTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+// y, z (rank-R image of x before the gate), u (y before column_scale and bias; empty without column_scale)
+using LinearForward = std::tuple<Tensor, Tensor, Tensor>;
+// dx, dweight, dA, dB, dscaling, dbias, dgates, dcolumn_scale: empty where not needed
+using LinearBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tensor, Tensor, Tensor>;
+using ShrinkBackward = std::tuple<Tensor, Tensors>;
+// dz, dB, dscaling, dgates
+using ExpandBackward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
+
+#define FASTLORA_LINEAR_ARGS                                                                              \
+  const Tensor &x, const Tensor &weight, TensorList lora_A, TensorList lora_B, const Tensor &scaling,     \
+      const MaybeTensor &bias, const MaybeTensor &gates, IntArrayRef ranks, const MaybeTensor &column_scale, \
+      double dropout_p, const MaybeTensor &seed
+#define FASTLORA_LINEAR_BACKWARD_ARGS                                                                       \
+  const Tensor &dy, const Tensor &x, const Tensor &weight, TensorList lora_A, TensorList lora_B,            \
+      const Tensor &scaling, const MaybeTensor &gates, IntArrayRef ranks, const MaybeTensor &column_scale,  \
+      double dropout_p, const MaybeTensor &seed, const Tensor &z, const Tensor &u, std::array<bool, 8> needs
+#define FASTLORA_SHRINK_ARGS const Tensor &x, TensorList lora_A, double dropout_p, const MaybeTensor &seed
+#define FASTLORA_SHRINK_BACKWARD_ARGS \
+  const Tensor &dz, const Tensor &x, TensorList lora_A, double dropout_p, const MaybeTensor &seed, std::array<bool, 2> needs
+#define FASTLORA_EXPAND_ARGS                                                                                   \
+  const Tensor &y, const Tensor &z, TensorList lora_B, const Tensor &scaling, const MaybeTensor &gates, IntArrayRef ranks, \
+      IntArrayRef columns
+#define FASTLORA_EXPAND_BACKWARD_ARGS                                                                            \
+  const Tensor &dy, const Tensor &z, TensorList lora_B, const Tensor &scaling, const MaybeTensor &gates, IntArrayRef ranks, \
+      IntArrayRef columns, std::array<bool, 4> needs
+
+inline int64_t total_rank(TensorList lora_A, int64_t dim) {
+  int64_t R = 0;
+  for (const auto& t : lora_A) R += t.size(dim);
+  return R;
+}
+
+inline int64_t rows_of(const Tensor& x) { return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)); }
+
+// (..., n) as (M, n); a view where the strides allow one
+inline Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({rows_of(x), x.size(-1)}); }
+
+inline at::ScalarType accumulate_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
+
+inline std::vector<int64_t> with_last(IntArrayRef sizes, int64_t last) {
+  std::vector<int64_t> out(sizes.begin(), sizes.end() - 1);
+  out.push_back(last);
+  return out;
+}
+
+}  // namespace fastlora

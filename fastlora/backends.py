@@ -1,0 +1,172 @@
+"""Which implementations exist, which one runs a call, and why the others do not.
+
+`reference` (plain torch), `native` (C++: vectorised on a CPU, composed of ATen calls on CUDA) and `triton`. The first in
+a device's order that has no objection runs. Where `_C` is built its kernels on the CPU and CUDA keys are `native`: they run
+without asking here, unless another back-end is pinned.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import warnings
+
+import torch
+
+NAMES = ("reference", "native", "triton")
+BUILD = "python -m fastlora build   (or: pip install --no-build-isolation <the source folder of fastlora-kernels>)"
+_ORDER = ("native", "reference")
+# a Triton kernel stands here only once docs/gpu-status.md lists it as run and faster, or verified where it runs
+_EARLIER = {("lora_dropout", "cuda"): ("triton", "reference")}
+
+_implementations = {}
+_verifications = {}
+_pinned = None
+
+
+def register(op, backend, implementation, objection=None):
+    """Make `implementation`, of the op's signature, the back-end's form of it; objection(*args) is None or a sentence."""
+    _implementations[op, backend] = implementation, objection or _no_objection
+
+
+def register_verification(op, backend, verify):
+    """verify(implementation, *args), None or a sentence, is one more objection (it caches what it need not do twice)."""
+    _verifications[op, backend] = verify
+
+
+def _no_objection(*args):
+    return None
+
+
+@functools.cache
+def native():
+    """(`fastlora._C` or None, None or the sentence that says why it is missing)."""
+    try:
+        module = importlib.import_module("fastlora._C")
+    except ImportError as error:
+        return None, f"fastlora._C is not there ({error}); build it with: {BUILD}"
+    built, running = (version.split("+")[0] for version in (module.torch_version(), torch.__version__))
+    if built != running:
+        return None, f"fastlora._C was built for torch {built} and this is {running}; build it again with: {BUILD}"
+    module.register_ops()
+    return module, None
+
+
+def _triton(op):
+    try:
+        kernels = importlib.import_module("fastlora.kernels")
+    except ImportError as error:
+        sentence = f"Triton's kernels cannot be imported: {error}"
+        return None, lambda *args: sentence
+    launch, objection = getattr(kernels, op, None), getattr(kernels, f"{op}_objection", None)
+    if launch is None:
+        return None, lambda *args: f"there is no Triton kernel for {op}"
+    return launch, objection or _no_objection
+
+
+def _native(op):
+    def objection(*args):
+        missing = native()[1]
+        if missing:
+            return missing
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(_device(args))
+        has = key and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{op}", key)
+        return None if has else f"native has no {op} for {_device(args)} tensors"
+
+    return getattr(torch.ops.fastlora, op).default, objection
+
+
+def _device(args):
+    return next(a.device.type for a in args if isinstance(a, torch.Tensor))
+
+
+def _implementation(op, backend):
+    if (op, backend) not in _implementations:
+        register(op, backend, *(_triton if backend == "triton" else _native)(op))
+    return _implementations[op, backend]
+
+
+def objection(op, backend, *args):
+    """None if the back-end takes this call, else a sentence."""
+    implementation, object_ = _implementation(op, backend)
+    why = object_(*args)
+    verify = _verifications.get((op, backend))
+    return verify(implementation, *args) if why is None and verify else why
+
+
+def order(op, *args):
+    """The back-ends asked for this call, in order."""
+    return (_pinned,) if _pinned else _EARLIER.get((op, _device(args)), _ORDER)
+
+
+def walk(op, *args):
+    """(back-end, None or its objection) of each that is asked, up to the one that runs the call."""
+    asked = []
+    for backend in order(op, *args):
+        asked.append((backend, objection(op, backend, *args)))
+        if asked[-1][1] is None:
+            break
+    return asked
+
+
+def kernel(op, check=None):
+    """The op's kernel where no C++ one runs: check the arguments, walk the back-ends, run the first without objection."""
+
+    def run(*args):
+        if check:
+            check(*args)
+        asked = walk(op, *args)
+        backend, why = asked[-1]
+        if why is not None:
+            reasons = "; ".join(f"{name}: {sentence}" for name, sentence in asked)
+            raise NotImplementedError(f"fastlora::{op}: no back-end takes this call. {reasons}")
+        if len(asked) > 1:
+            _notice(op, asked)
+        return _implementation(op, backend)[0](*args)
+
+    return run
+
+
+@functools.cache
+def _warn_once():
+    return []
+
+
+def _notice(op, asked):
+    if not _warn_once():
+        _warn_once().append(op)
+        reasons = "; ".join(f"{name}: {sentence}" for name, sentence in asked[:-1])
+        warnings.warn(f"fastlora: {op} runs on the slower back-end {asked[-1][0]!r}. {reasons}", stacklevel=2)
+
+
+def _pin(name):
+    global _pinned
+    _pinned = name
+    if native()[0]:
+        native()[0].pin_elsewhere(name not in (None, "native"))
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Pin a back-end ("reference", "native", "triton") for the whole process while the block runs.
+
+    A pinned back-end that objects to a call raises NotImplementedError with its sentence; it does not fall back. The
+    environment variable FASTLORA_BACKEND pins one from the start. Raises ValueError for another name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"fastlora: backend: got {name!r}, expected one of {NAMES}")
+    before = _pinned
+    _pin(name)
+    try:
+        yield
+    finally:
+        _pin(before)
+
+
+def pin_from_environment():
+    """Honour FASTLORA_BACKEND; called once the ops are declared."""
+    name = os.environ.get("FASTLORA_BACKEND")
+    if name:
+        if name not in NAMES:
+            raise ValueError(f"fastlora: FASTLORA_BACKEND: got {name!r}, expected one of {NAMES}")
+        _pin(name)

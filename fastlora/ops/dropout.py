@@ -1,0 +1,90 @@
+"""The dropout D(x) of the adapter branch: a mask from a seed, the same on every back-end, never stored.
+
+Philox 4x32-10 (Salmon et al., 2011) with the seed's low and high 32 bits as key. Element i of x in logical order takes
+16-bit lane i % 8 of the block with counter (low, high 32 bits of i // 8, 0, 0) and is kept where
+lane >= round(p * 65536), scaled by 65536 / (65536 - round(p * 65536)); p = 1 gives zeros.
+"""
+
+import functools
+
+import torch
+
+from fastlora import backends
+from fastlora.ops import check
+from fastlora.ops.library import define, lib
+
+_WORD = 0xFFFFFFFF
+
+
+def threshold(p):
+    """The number of the 65,536 lane values that are dropped."""
+    return round(p * 65536)
+
+
+def scale(p):
+    """What a kept element is multiplied by."""
+    t = threshold(p)
+    return 65536 / (65536 - t) if t < 65536 else 0.0
+
+
+def philox(blocks, seed):
+    """Four 32-bit words, as int64 (len(blocks), 4), of the counters `blocks`."""
+    c0, c1 = blocks & _WORD, (blocks >> 32) & _WORD
+    c2 = c3 = torch.zeros_like(blocks)
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        # the products wrap in int64, their 64 bits are right all the same
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def dropout_mask(shape, p, seed):
+    """True where D keeps an element of a tensor of this shape."""
+    n = 1
+    for s in shape:
+        n *= s
+    words = philox(torch.arange((n + 7) // 8, device=seed.device), seed)
+    lanes = torch.stack((words & 0xFFFF, words >> 16), -1)
+    return (lanes.reshape(-1)[:n] >= threshold(p)).reshape(shape)
+
+
+def lora_dropout_reference(x, dropout_p, seed):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kept = (x.to(wide) * scale(dropout_p)).to(x.dtype)
+    return torch.where(dropout_mask(x.shape, dropout_p, seed), kept, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _dropout_fake(x, dropout_p, seed):
+    check.dropout(dropout_p, seed, x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _draw_seed(x):
+    """A seed from torch's generator of x's device, drawn in [0, 2⁶³)."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
+
+
+@functools.cache
+def _same_mask(implementation, device):
+    """Whether a device kernel's D agrees with the reference's, bit for bit, on 4,096 elements."""
+    x = torch.arange(1, 4097, dtype=torch.float32, device=device)
+    seed = torch.tensor(0x0123456789ABCDEF, device=device)
+    return torch.equal(implementation(x, 0.1, seed), lora_dropout_reference(x, 0.1, seed))
+
+
+def _verify(implementation, x, dropout_p, seed):
+    if _same_mask(implementation, x.device):
+        return None
+    return f"Triton's dropout kernel gives another mask than the reference on {x.device}"
+
+
+backends.register("lora_dropout", "reference", lora_dropout_reference)
+backends.register_verification("lora_dropout", "triton", _verify)
+lora_dropout_op = define("lora_dropout", "Tensor x, float dropout_p, Tensor seed", "Tensor", _dropout_fake)
+
+lib.define("draw_seed(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
+lib.impl("draw_seed", _draw_seed, "CompositeExplicitAutograd")
+torch.library.register_fake("fastlora::draw_seed", lambda x: torch.empty((), dtype=torch.int64, device=x.device), lib=lib)
+draw_seed = torch.ops.fastlora.draw_seed.default

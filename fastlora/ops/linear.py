@@ -1,0 +1,172 @@
+"""y = c ⊙ (x Wᵀ + ((D(x) lora_Aᵀ) ⊙ g) lora_Bᵀ) + bias, the one formula.
+
+Backward, with z = D(x) lora_Aᵀ, u = x Wᵀ + (z ⊙ g) lora_Bᵀ, dv = c ⊙ dy and t = dv lora_B:
+
+    dz = t ⊙ g        dx = dv W + D(dz lora_A)        dA = dzᵀ D(x)        dB = dvᵀ (z ⊙ g)
+    dg = t ⊙ z        dc = Σ dy ⊙ u                   dbias = Σ dy         dW = dvᵀ x, only if W requires grad
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastlora import backends
+from fastlora.ops import check
+from fastlora.ops.dropout import draw_seed
+from fastlora.ops.expand import add_update, lora_expand_backward_reference
+from fastlora.ops.gate import expand_gate
+from fastlora.ops.library import autocast_in_python, define, lib, scalar
+from fastlora.ops.shrink import flat, lora_shrink_backward_reference, lora_shrink_reference, wide
+
+
+def lora_linear(
+    x, weight, lora_A, lora_B, scaling=1.0, bias=None, *,
+    gates=None, ranks=None, column_scale=None, dropout_p=0.0, training=False, seed=None,
+):  # fmt: skip
+    """A linear layer and its low-rank update in one call: y = c ⊙ (x Wᵀ + ((D(x) lora_Aᵀ) ⊙ g) lora_Bᵀ) + bias.
+
+    x (..., in); weight (out, in); lora_A (R, in) and lora_B (out, R), or sequences of (r_e, in) and (out, r_e), one pair
+    per adapter, read in place; any strides. bias (out,). Returns y (..., out) in weight's dtype; sums are kept in float32
+    (float64 for float64). Adapters have x's dtype, or are float32 masters of a bfloat16 or float16 base.
+
+    g: `scaling` (a number, a 0-d or an (E,) tensor) times `gates` (broadcastable to (..., E)). With `ranks`, E numbers that
+    sum to R (implied by sequences), adapter e's rows are multiplied by g[..., e]; without, a single pair has one gate per
+    rank row, E = R. `column_scale` (out,) is DoRA's c (Liu et al. 2024, arXiv 2402.09353); bias is not scaled.
+    D: dropout on the adapter branch with probability `dropout_p` when `training`; its mask is a function of `seed`, a
+    0-d int64 tensor on x's device, drawn from torch's generator when None.
+
+    Differentiable in x, lora_A, lora_B, scaling, gates, column_scale, bias, and weight if it requires grad; double backward
+    raises. Errors: ValueError (shapes, devices, ranges) and TypeError (dtypes), naming the argument.
+    Source: Hu et al. 2021, arXiv 2106.09685.
+    """
+    if isinstance(lora_A, torch.Tensor) and isinstance(lora_B, torch.Tensor):
+        lora_A, lora_B = (lora_A,), (lora_B,)
+    else:
+        lora_A, lora_B = check.tensors("lora_A", lora_A), check.tensors("lora_B", lora_B)
+        implied = [a.shape[0] for a in lora_A]
+        check.value(ranks is None or list(ranks) == implied, "ranks", ranks, f"{implied}, as lora_A")
+        ranks = implied
+    if not isinstance(scaling, torch.Tensor):
+        scaling = scalar(scaling)
+    if training and dropout_p:
+        if seed is None:
+            check.dropout(dropout_p, x.new_empty((), dtype=torch.int64), x)
+            seed = draw_seed(x)
+    else:
+        check.value(0 <= dropout_p <= 1, "dropout_p", dropout_p, "a number from 0 to 1")
+        dropout_p, seed = 0.0, None
+    return lora_linear_op(
+        x, weight, lora_A, lora_B, scaling, bias, gates, () if ranks is None else ranks, column_scale, dropout_p, seed
+    )
+
+
+def lora_linear_reference(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
+    return lora_linear_forward_reference(
+        x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed
+    )[0]
+
+
+def lora_linear_forward_reference(
+    x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed
+):
+    z = lora_shrink_reference(x, lora_A, dropout_p, seed)
+    g = expand_gate(scaling, gates, ranks, x.device, z.dtype)
+    v = add_update(F.linear(x, weight).to(z.dtype), z, lora_B, g)
+    u = x.new_empty(0)
+    if column_scale is not None:
+        u, v = v.to(x.dtype), v * column_scale.to(v.dtype)
+    if bias is not None:
+        v = v + bias.to(v.dtype)
+    return v.to(x.dtype).contiguous(), z, u
+
+
+def lora_linear_backward_reference(
+    dy, x, weight, lora_A, lora_B, scaling, gates, ranks, column_scale, dropout_p, seed, z, u, needs
+):
+    need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, need_column = needs
+    empty = x.new_empty(0)
+    dy = dy.to(z.dtype)
+    dv = dy if column_scale is None else dy * column_scale.to(z.dtype)
+    half = [need_x or need_A, need_B, need_scaling, need_gates]
+    dz, dB, dscaling, dgates = lora_expand_backward_reference(dv, z, lora_B, scaling, gates, ranks, (), half)
+    dx, dA = empty, []
+    if need_x or need_A:
+        dx, dA = lora_shrink_backward_reference(dz, x.to(z.dtype), lora_A, dropout_p, seed, [need_x, need_A])
+    if need_x:
+        dx = (dx + (dv.to(x.dtype) @ weight).to(z.dtype)).to(x.dtype).contiguous()
+    dweight = (flat(dv).T @ flat(x).to(z.dtype)).to(weight.dtype) if need_weight else empty
+    dbias = flat(dy).sum(0).to(x.dtype) if need_bias else empty
+    dcolumn = flat(dy * u.to(z.dtype)).sum(0).to(column_scale.dtype) if need_column else empty
+    return dx, dweight, dA, dB, dscaling, dbias, dgates, dcolumn
+
+
+def _fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
+    check.linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
+    y = _fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed)
+    z = x.new_empty((*x.shape[:-1], sum(a.shape[0] for a in lora_A)), dtype=wide(x))
+    return y, z, x.new_empty(0 if column_scale is None else y.shape)
+
+
+def _backward_fake(
+    dy, x, weight, lora_A, lora_B, scaling, gates, ranks, column_scale, dropout_p, seed, z, u, needs
+):
+    def grad(t, need):
+        return t.new_empty(t.shape) if need else x.new_empty(0)
+
+    dA = [grad(a, True) for a in lora_A] if needs[2] else []
+    dB = [grad(b, True) for b in lora_B] if needs[3] else []
+    dbias = x.new_empty(weight.shape[0] if needs[5] else 0)
+    dx, dweight, dscaling = grad(x, needs[0]), grad(weight, needs[1]), grad(scaling, needs[4])
+    return dx, dweight, dA, dB, dscaling, dbias, grad(gates, needs[6]), grad(column_scale, needs[7])
+
+
+_GIVEN = (
+    "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, {bias}Tensor? gates, int[] ranks, "
+    "Tensor? column_scale, float dropout_p, Tensor? seed"
+)
+backends.register("lora_linear", "reference", lora_linear_reference)
+backends.register("lora_linear_forward", "reference", lora_linear_forward_reference)
+backends.register("lora_linear_backward", "reference", lora_linear_backward_reference)
+lora_linear_op = define("lora_linear", _GIVEN.format(bias="Tensor? bias, "), "Tensor", _fake, check.linear)
+lora_linear_forward_op = define(
+    "lora_linear_forward", _GIVEN.format(bias="Tensor? bias, "), "(Tensor, Tensor, Tensor)", _forward_fake, check.linear
+)
+lora_linear_backward_op = define(
+    "lora_linear_backward",
+    f"Tensor dy, {_GIVEN.format(bias='')}, Tensor z, Tensor u, bool[8] needs",
+    "(Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, lora_A, lora_B, scaling, bias, gates, ctx.ranks, column_scale, ctx.p, seed = inputs
+    _, z, u = output
+    ctx.mark_non_differentiable(z, u)
+    ctx.pairs, ctx.need_bias = len(lora_A), bias is not None and bias.requires_grad
+    ctx.save_for_backward(x, weight, scaling, gates, column_scale, seed, z, u, *lora_A, *lora_B)
+
+
+def _backward(ctx, dy, *_):
+    x, weight, scaling, gates, column_scale, seed, z, u, *adapters = ctx.saved_tensors
+    A, B = adapters[: ctx.pairs], adapters[ctx.pairs :]
+    wanted = (x, weight, A, B, scaling, None, gates, column_scale)
+    needs = [any(t.requires_grad for t in (w if isinstance(w, list) else [w]) if t is not None) for w in wanted]
+    needs[5] = ctx.need_bias
+    grads = lora_linear_backward_op(
+        dy, x, weight, A, B, scaling, gates, ctx.ranks, column_scale, ctx.p, seed, z, u, needs
+    )
+    dx, dw, dA, dB, ds, dbias, dg, dc = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    none = [None] * ctx.pairs
+    dA, dB, ranks = none if dA is None else dA, none if dB is None else dB, ctx.ranks and None
+    return dx, dw, dA, dB, ds, dbias, dg, ranks, dc, None, None
+
+
+def register_python_autograd():
+    """The autograd formula and autocast where `_C` is missing."""
+    torch.library.register_autograd("fastlora::lora_linear_forward", _backward, setup_context=_setup)
+    lib.impl("lora_linear", lambda *args: lora_linear_forward_op(*args)[0], "Autograd")
+    autocast_in_python("lora_linear", (0, 1, 5))

@@ -1,0 +1,106 @@
+"""z = D(x) lora_Aᵀ, the first half of the update."""
+
+import torch
+import torch.nn.functional as F
+
+from fastlora import backends
+from fastlora.ops import check
+from fastlora.ops.dropout import draw_seed, dropout_mask, scale
+from fastlora.ops.library import autocast_in_python, define
+
+
+def lora_shrink(x, lora_A, *, dropout_p=0.0, training=False, seed=None):
+    """The rank-R image of x: z = D(x) lora_Aᵀ.
+
+    x (..., in); lora_A (R, in), or a sequence of (r_e, in) whose results stand side by side. Returns z (..., R) in
+    float32 (float64 for float64 x), before any gate. D is dropout with probability `dropout_p` when `training`; its
+    mask is a function of `seed`, a 0-d int64 tensor on x's device, drawn from torch's generator when None.
+    Raises ValueError or TypeError that names the argument. Source: Hu et al. 2021, arXiv 2106.09685.
+    """
+    p = dropout_p if training else 0.0
+    if p and seed is None:
+        check.dropout(p, x.new_empty((), dtype=torch.int64), x)
+        seed = draw_seed(x)
+    return lora_shrink_op(x, check.tensors("lora_A", lora_A), p, seed if p else None)
+
+
+def wide(x):
+    """The dtype that sums are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dropped(x, p, seed):
+    """D(x) in the accumulation dtype."""
+    if not p:
+        return x.to(wide(x))
+    return torch.where(dropout_mask(x.shape, p, seed), x.to(wide(x)) * scale(p), 0.0)
+
+
+def join(parts, like, dtype):
+    """The adapters' columns side by side, (..., R)."""
+    return torch.cat(parts, -1) if parts else like.new_empty((*like.shape[:-1], 0), dtype=dtype)
+
+
+def flat(t):
+    """(..., n) as (M, n)."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def lora_shrink_reference(x, lora_A, dropout_p, seed):
+    d = dropped(x, dropout_p, seed)
+    return join([F.linear(d, a.to(d.dtype)) for a in lora_A], x, d.dtype)
+
+
+def lora_shrink_backward_reference(dz, x, lora_A, dropout_p, seed, needs):
+    """dx = D(dz lora_A), dA = dzᵀ D(x)."""
+    need_x, need_A = needs
+    parts = dz.to(wide(x)).split([a.shape[0] for a in lora_A], -1)
+    dx, dA = x.new_empty(0), []
+    if need_x:
+        d = sum((g @ a.to(g.dtype) for g, a in zip(parts, lora_A, strict=True)), torch.zeros_like(x, dtype=wide(x)))
+        dx = dropped(d, dropout_p, seed).to(x.dtype)
+    if need_A:
+        d = flat(dropped(x, dropout_p, seed))
+        dA = [(flat(g).T @ d).to(a.dtype) for g, a in zip(parts, lora_A, strict=True)]
+    return dx.contiguous(), dA
+
+
+def _fake(x, lora_A, dropout_p, seed):
+    check.shrink(x, lora_A, dropout_p, seed)
+    return x.new_empty((*x.shape[:-1], sum(a.shape[0] for a in lora_A)), dtype=wide(x))
+
+
+def _backward_fake(dz, x, lora_A, dropout_p, seed, needs):
+    dx = x.new_empty(x.shape if needs[0] else (0,))
+    return dx, [a.new_empty(a.shape) for a in lora_A] if needs[1] else []
+
+
+backends.register("lora_shrink", "reference", lora_shrink_reference)
+backends.register("lora_shrink_backward", "reference", lora_shrink_backward_reference)
+lora_shrink_op = define(
+    "lora_shrink", "Tensor x, Tensor[] lora_A, float dropout_p, Tensor? seed", "Tensor", _fake, check.shrink
+)
+lora_shrink_backward_op = define(
+    "lora_shrink_backward",
+    "Tensor dz, Tensor x, Tensor[] lora_A, float dropout_p, Tensor? seed, bool[2] needs",
+    "(Tensor, Tensor[])",
+    _backward_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    x, lora_A, ctx.p, seed = inputs
+    ctx.save_for_backward(x, seed, *lora_A)
+
+
+def _backward(ctx, dz):
+    x, seed, *lora_A = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], any(a.requires_grad for a in lora_A)]
+    dx, dA = lora_shrink_backward_op(dz, x, lora_A, ctx.p, seed, needs)
+    return dx if needs[0] else None, dA if needs[1] else [None] * len(lora_A), None, None
+
+
+def register_python_autograd():
+    """The autograd formula and autocast where `_C` is missing."""
+    torch.library.register_autograd("fastlora::lora_shrink", _backward, setup_context=_setup)
+    autocast_in_python("lora_shrink", (0,))
