@@ -1,0 +1,116 @@
+"""y + (z ⊙ g) b, and t = dy bᵀ with db = (z ⊙ g)ᵀ dy from one read of dy."""
+
+import torch
+
+import triton
+import triton.language as tl
+
+from . import config, tile
+from .gate import gate, gate_backward
+
+
+@triton.jit
+def _expand_kernel(
+    y, z, g, b, out, scale, M, N, R, start, width, ym, yn, zm, zr, gm, gr, bn, br,
+    BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """A tile of y; b's column 0 lies at y's column `start`."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    acc = tl.load(y + rows[:, None] * ym + cols[None, :].to(tl.int64) * yn, mask=inside, other=0.0).to(tl.float32)
+    to: tl.constexpr = y.dtype.element_ty
+    acc = tile.update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols - start, M, width, R, to, RP, ONE)
+    tl.store(out + rows[:, None] * N + cols[None, :], acc.to(to), mask=inside)
+
+
+@triton.jit
+def _expand_backward_kernel(
+    dy, z, g, b, t, db, scale, M, N, R, ym, yn, zm, zr, gm, gr, bn, br, chunk,
+    BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, NEED_T: tl.constexpr, NEED_DB: tl.constexpr,
+):  # fmt: skip
+    """Columns split·chunk … of dy: part `split` of t's rows, and this row block's part of db."""
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    rows = block.to(tl.int64) * BM + tl.arange(0, BM)
+    ranks = tl.program_id(2) * RP + tl.arange(0, RP)
+    rank_in = (ranks < R)[None, :]
+    to: tl.constexpr = dy.dtype.element_ty
+    if NEED_DB:
+        zt = tile.load_gated(z, zm, zr, g, gm, gr, scale, rows, ranks, M, R, to)
+    acc = tl.zeros((BM, RP), tl.float32)
+    for first in range(split * chunk, min(N, (split + 1) * chunk), BN):
+        cols = first + tl.arange(0, BN)
+        col_in = (cols < N)[:, None]
+        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        dyt = tl.load(dy + rows[:, None] * ym + cols[None, :].to(tl.int64) * yn, mask=inside, other=0.0)
+        if NEED_T:
+            bt = tl.load(b + cols[:, None] * bn + ranks[None, :] * br, mask=col_in & rank_in, other=0.0)
+            acc = tl.dot(dyt, bt.to(to), acc, input_precision="ieee")
+        if NEED_DB:
+            part = tl.dot(tl.trans(dyt), zt, input_precision="ieee")
+            place = db + (block.to(tl.int64) * N + cols[:, None]) * R + ranks[None, :]
+            tl.store(place, part, mask=col_in & rank_in)
+    if NEED_T:
+        place = t + split.to(tl.int64) * M * R + rows[:, None] * R + ranks[None, :]
+        tl.store(place, acc, mask=(rows < M)[:, None] & rank_in)
+
+
+def expand_backward(dy, z, g, b, need_t, need_db):
+    """(t (M, R) before the gate, db (N, R)), both fp32, of a matrix dy and b (N, R); None where not needed."""
+    (M, N), R = dy.shape, b.shape[1]
+    if not (M and N and R):
+        zeros = dy.new_zeros
+        return zeros((M, R), dtype=torch.float32), zeros((N, R), dtype=torch.float32)
+    if not (need_t or need_db):
+        return None, None
+    c, RP = config.expand_backward(M, dy.element_size()), config.rank_block(R)
+    blocks, steps = (triton.cdiv(M, c.BM), triton.cdiv(R, RP)), triton.cdiv(N, c.BN)
+    count = config.splits(blocks[0] * blocks[1], steps, tile.device_of(dy).sms)
+    t = tile.partial(count, (M, R), dy) if need_t else None
+    db = tile.partial(blocks[0], (N, R), dy) if need_db else None
+    tile.launch(
+        _expand_backward_kernel, (blocks[0], count, blocks[1]), dy,
+        dy, z, g.rows, b, t, db, g.scale, M, N, R, *dy.stride(), *z.stride(), g.gm, g.gr, *b.stride(),
+        triton.cdiv(steps, count) * c.BN, warps=c.warps, stages=c.stages,
+        BM=c.BM, BN=c.BN, RP=RP, NEED_T=need_t, NEED_DB=need_db,
+    )  # fmt: skip
+    return tile.total(t, count) if need_t else None, tile.total(db, blocks[0]) if need_db else None
+
+
+def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
+    """A new y with the update added to all columns or to columns [start, stop)."""
+    y2, z2, b = tile.rows_of(y), tile.rows_of(z), tile.join(lora_B, 1)
+    (M, N), R = y2.shape, z2.shape[1]
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if not (M and N):
+        return out
+    if not R:
+        return out.copy_(y)
+    c, RP, g = config.expand(M, y.element_size()), config.rank_block(R), gate(scaling, gates, ranks, z)
+    start, stop = columns or (0, N)
+    tile.launch(
+        _expand_kernel, (triton.cdiv(M, c.BM), triton.cdiv(N, c.BN)), y,
+        y2, z2, g.rows, b, out, g.scale, M, N, R, start, stop - start,
+        *y2.stride(), *z2.stride(), g.gm, g.gr, *b.stride(), warps=c.warps, stages=c.stages,
+        BM=c.BM, BN=c.BN, RP=RP, ONE=R <= RP,
+    )  # fmt: skip
+    return out
+
+
+def lora_expand_backward(dy, z, lora_B, scaling, gates, ranks, columns, needs):
+    """(dz, [dB], dscaling, dgates) of the outputs that are needed."""
+    need_z, need_b, need_scaling, need_gates = needs
+    part = dy[..., columns[0] : columns[1]] if columns else dy
+    g = gate(scaling, gates, ranks, z)
+    need_t = need_z or need_scaling or need_gates
+    t, db_total = expand_backward(tile.rows_of(part), tile.rows_of(z), g, tile.join(lora_B, 1), need_t, need_b)
+    dz = z.new_empty(0)
+    if need_z:
+        dz = (t * g.scale if g.rows is None else t * g.scale * g.rows).to(z.dtype).view(z.shape)
+    db = tile.split(db_total, lora_B, 1) if need_b else []
+    t = z if t is None else t.view(z.shape)
+    return dz, db, *gate_backward(t, z, scaling, gates, ranks, need_scaling, need_gates)
+
+
+lora_expand_objection = lora_expand_backward_objection = tile.objection

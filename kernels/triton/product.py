@@ -1,0 +1,68 @@
+"""The GEMM that carries a low-rank update as one more step of its K loop: y = [x | z ⊙ g] · [w ; b]."""
+
+import triton
+import triton.language as tl
+
+from . import config, tile
+
+
+@triton.jit
+def _product_kernel(
+    x, w, z, g, b, column_scale, bias, u, y, seed, threshold, keep_scale, scale,
+    M, N, K, R, xm, xk, wk, wn, zm, zr, gm, gr, bn, br,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, ONE: tl.constexpr,
+    EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """[x | z ⊙ g] · [w ; b] of w [K, N], b [R, N], then the epilogue; DROPOUT: x w + D((z ⊙ g) b)."""
+    pm, pn = tile.grouped(tl.program_id(0), M, N, BM, BN, 8)
+    rows = pm.to(tl.int64) * BM + tl.arange(0, BM)
+    cols = pn * BN + tl.arange(0, BN)
+    row_in = (rows < M)[:, None]
+    col_in = (cols < N)[None, :]
+    to: tl.constexpr = y.dtype.element_ty
+    acc = tl.zeros((BM, BN), tl.float32)
+    if DROPOUT:
+        # The mask must see the update alone, so the update goes first.
+        acc = tile.update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols, M, N, R, to, RP, ONE)
+        keep = tile.kept(tl.load(seed), rows, pn * BN, N, threshold, BM, BN, ALIGNED)
+        acc = tl.where(keep, acc * keep_scale, 0.0)
+    steps = tl.arange(0, BK)
+    xp = x + rows[:, None] * xm + steps[None, :] * xk
+    wp = w + steps[:, None].to(tl.int64) * wk + cols[None, :].to(tl.int64) * wn
+    for k in range(0, K, BK):
+        if EVEN_K:
+            xt = tl.load(xp, mask=row_in, other=0.0)
+            wt = tl.load(wp, mask=col_in, other=0.0)
+        else:
+            xt = tl.load(xp, mask=row_in & (steps < K - k)[None, :], other=0.0)
+            wt = tl.load(wp, mask=col_in & (steps < K - k)[:, None], other=0.0)
+        acc = tl.dot(xt, wt, acc, input_precision="ieee")
+        xp += BK * xk
+        wp += tl.cast(BK * wk, tl.int64)
+    if RP > 0 and not DROPOUT:
+        # After the loop, never a branch in it: that would undo the pipelining of the loads without an error.
+        acc = tile.update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols, M, N, R, to, RP, ONE)
+    place = rows[:, None] * N + cols[None, :]
+    if column_scale is not None:
+        tl.store(u + place, acc.to(to), mask=row_in & col_in)
+        acc *= tl.load(column_scale + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + place, acc.to(to), mask=row_in & col_in)
+
+
+def product(x, w, z, b, g, y, *, column_scale=None, bias=None, u=None, dropout_p=0.0, seed=None):
+    """y = x (M, K) · w (K, N) + (z ⊙ g) (M, R) · b (R, N) into the contiguous y, any strides elsewhere."""
+    (M, K), N, R = x.shape, b.shape[1], b.shape[0]
+    if not (M and N):
+        return
+    device = tile.device_of(x)
+    c, RP = config.linear(M, N, x.element_size(), *device), config.rank_block(R)
+    seed, dropped, keep_scale, dropout, aligned = tile.dropout(dropout_p if R else 0, seed, N)
+    tile.launch(
+        _product_kernel, (triton.cdiv(M, c.BM) * triton.cdiv(N, c.BN),), x,
+        x, w, z, g.rows, b, column_scale, bias, u, y, seed, dropped, keep_scale, g.scale,
+        M, N, K, R, *x.stride(), *w.stride(), *z.stride(), g.gm, g.gr, b.stride(1), b.stride(0),
+        warps=c.warps, stages=c.stages,
+        BM=c.BM, BN=c.BN, BK=c.BK, RP=RP, ONE=R <= RP, EVEN_K=K % c.BK == 0, DROPOUT=dropout, ALIGNED=aligned,
+    )  # fmt: skip

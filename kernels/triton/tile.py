@@ -1,0 +1,157 @@
+"""What several kernels share: device helpers, and on the host the one place that launches, the gate, the common objections."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def grouped(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Tile (row, column) of a program: GROUP rows of tiles at a time, so that neighbours share w and x in the L2."""
+    tall = tl.cdiv(M, BM)
+    wide = tl.cdiv(N, BN)
+    first = pid // (GROUP * wide) * GROUP
+    height = min(tall - first, GROUP)
+    inside = pid % (GROUP * wide)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def philox(seed, group):
+    """The four words of Philox 4x32-10 whose eight 16-bit halves decide elements 8·group … 8·group + 7."""
+    low = (group & 0xFFFFFFFF).to(tl.uint32)
+    high = (group >> 32).to(tl.uint32)
+    zero = low * 0
+    return tl.philox(seed, low, high, zero, zero)
+
+
+@triton.jit
+def kept(seed, rows, first, width, threshold, BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr):
+    """Dropout's mask of rows (BM, int64) × columns first … first + BN of a matrix `width` wide: a lane ≥ threshold is kept.
+
+    Where every row starts a group of eight (ALIGNED) one call of the generator makes eight decisions.
+    """
+    if ALIGNED:
+        group = rows[:, None] * (width // 8) + (first // 8 + tl.arange(0, BN // 8))[None, :]
+        w0, w1, w2, w3 = philox(seed, group)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        lanes = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BM, BN))
+    else:
+        element = rows[:, None] * width + (first + tl.arange(0, BN))[None, :]
+        w0, w1, w2, w3 = philox(seed, element >> 3)
+        lane = (element & 7).to(tl.int32)
+        word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
+        lanes = (word >> ((lane & 1) * 16).to(tl.uint32)) & 0xFFFF
+    return lanes.to(tl.int32) >= threshold
+
+
+@triton.jit
+def load_gated(z, zm, zr, g, gm, gr, scale, rows, ranks, M, R, to: tl.constexpr):
+    """(z ⊙ scale·g)[rows, ranks] in the GEMM's type: the gate is applied wherever z is read, so only z itself is ever stored."""
+    inside = (rows < M)[:, None] & (ranks < R)[None, :]
+    tile = tl.load(z + rows[:, None] * zm + ranks[None, :] * zr, mask=inside, other=0.0).to(tl.float32) * scale
+    if g is not None:
+        tile *= tl.load(g + rows[:, None] * gm + ranks[None, :] * gr, mask=inside, other=0.0).to(tl.float32)
+    return tile.to(to)
+
+
+@triton.jit
+def update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols, M, N, R, to: tl.constexpr, RP: tl.constexpr, ONE: tl.constexpr):
+    """acc + (z ⊙ g) b, RP rank rows a step; b [R, N] may be fp32 beside a 16-bit GEMM."""
+    for first in range(0, 1 if ONE else R, RP):
+        ranks = first + tl.arange(0, RP)
+        zt = load_gated(z, zm, zr, g, gm, gr, scale, rows, ranks, M, R, to)
+        inside = (ranks < R)[:, None] & ((cols >= 0) & (cols < N))[None, :]
+        bt = tl.load(b + ranks[:, None] * br + cols[None, :] * bn, mask=inside, other=0.0).to(to)
+        acc = tl.dot(zt, bt, acc, input_precision="ieee")
+    return acc
+
+
+class Device(NamedTuple):
+    arch: int
+    sms: int
+
+
+@lru_cache
+def _cuda(index):
+    facts = torch.cuda.get_device_properties(index)
+    return Device(10 * facts.major + facts.minor, facts.multi_processor_count)
+
+
+def device_of(x):
+    """Architecture and multiprocessors; the interpreter plays an H200."""
+    return _cuda(x.device.index) if x.is_cuda else Device(90, 132)
+
+
+def launch(kernel, grid, x, *args, warps=4, stages=3, **constants):
+    """Run `kernel` on x's device. Everything that is launched goes through here, which is how it is compiled without a GPU."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
+    else:
+        kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
+
+
+def threshold(p):
+    """(lanes that are dropped, the scale of what is kept): p in steps of 1/65536."""
+    dropped = round(p * 65536)
+    return dropped, 65536 / (65536 - dropped) if dropped < 65536 else 0.0
+
+
+def dropout(p, seed, width):
+    """(seed, threshold, scale of what is kept, DROPOUT, ALIGNED) of a matrix `width` wide."""
+    return (seed, *threshold(p), True, width % 8 == 0) if p else (None, 0, 1.0, False, False)
+
+
+def rows_of(x):
+    """x (…, n) as a matrix: a view wherever strides allow one."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def join(pairs, dim):
+    """One matrix of all adapters' rank rows: a single pair in place, several concatenated (they are small; x, w, y are not)."""
+    return pairs[0] if len(pairs) == 1 else torch.cat(list(pairs), dim)
+
+
+def split(gradient, adapters, dim):
+    """One gradient for each adapter, in its type and in memory of its own."""
+    if len(adapters) == 1:
+        return [gradient.to(adapters[0].dtype)]
+    parts = gradient.split([a.shape[dim] for a in adapters], dim)
+    return [torch.empty(a.shape, dtype=a.dtype, device=a.device).copy_(part) for part, a in zip(parts, adapters)]
+
+
+def partial(count, shape, x):
+    """Room for `count` fp32 parts of a sum, and the sum itself where there is one part only."""
+    return torch.empty(shape if count == 1 else (count, *shape), dtype=torch.float32, device=x.device)
+
+
+def total(parts, count):
+    """The parts added in their order."""
+    return parts if count == 1 else parts.sum(0)
+
+
+def objection(*args):
+    """The sentence that says why Triton cannot take tensors such as these, or None."""
+    flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, torch.Tensor)]
+    x = flat[0]
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"triton: version {triton.__version__} is older than 3.6"
+    if x.is_cuda and torch.version.hip:
+        return "triton: the tiles are chosen for NVIDIA GPUs and were never tried on an AMD GPU"
+    if not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
+        return f"triton: needs an NVIDIA GPU, the input is on {x.device} (on a CPU only under TRITON_INTERPRET=1, for tests)"
+    if x.is_cuda and device_of(x).arch < 80:
+        return f"triton: needs compute capability 8.0, this GPU has {device_of(x).arch / 10}"
+    for t in flat:
+        if t.dtype == torch.float64 and t.dim():
+            return "triton: the kernels accumulate in fp32 and take no float64"
+        if t.device != x.device and (t.dim() or t.dtype == torch.int64):
+            return f"triton: tensors on {x.device} and {t.device}"
+    return None
