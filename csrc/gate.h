@@ -1,5 +1,7 @@
 // g[..., row] = scaling_e * gates[..., e] for the rank rows of adapter e.
 #pragma once
+#include <ATen/TensorOperators.h>
+
 #include "types.h"
 
 namespace fastlora {

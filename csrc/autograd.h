@@ -1,0 +1,20 @@
+// What the autograd formulas share.
+#pragma once
+#include <torch/csrc/autograd/FunctionsManual.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+
+#include "types.h"
+
+namespace fastlora {
+
+inline bool has_tangent(const Tensor& t) { return torch::autograd::isFwGradDefined(t); }
+inline bool has_tangent(const MaybeTensor& t) { return torch::autograd::isFwGradDefined(t); }
+inline bool has_tangent(TensorList ts) { return torch::autograd::isFwGradDefinedTensorList(ts); }
+
+// A C++ autograd Function drops tangents without a word.
+template <class... Inputs>
+void refuse_forward_mode(const Inputs&... inputs) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(inputs) || ...), "fastlora: forward-mode AD (jvp) is not implemented");
+}
+
+}  // namespace fastlora
