@@ -69,11 +69,8 @@ def adapt(model, plan, lora_dropout=0.0, dtype=None):
 
 def find_targets(model, target_modules):
     """The names of the linear layers that `target_modules` means; see `inject`."""
-    for defines, registers in _INTEGRATIONS.items():
-        if defines in sys.modules:
-            importlib.import_module(registers)
     modules = dict(model.named_modules(remove_duplicate=False))
-    linear = {name: m for name, m in modules.items() if _is_linear(m)}
+    linear = {name: m for name, m in modules.items() if linear_shape(m)}
     if target_modules == "all-linear":
         heads = {id(m.get_output_embeddings()) for m in modules.values() if hasattr(m, "get_output_embeddings")}
         found = [name for name, m in linear.items() if id(m) not in heads and not _left_to_parent(name, modules)]
@@ -104,9 +101,15 @@ def _matches(target, whole, modules, linear):
     return names
 
 
-def _is_linear(module):
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return type(module) in _dense_types or all(isinstance(size, int) for size in sizes)
+def linear_shape(module):
+    """(out, in) of a linear layer; None for any other module."""
+    for defines, registers in _INTEGRATIONS.items():
+        if defines in sys.modules:
+            importlib.import_module(registers)
+    if _dense_types.get(getattr(type(module), "lora_base", type(module))):
+        return tuple(module.weight.shape[::-1])
+    shape = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return shape if all(isinstance(size, int) for size in shape) else None
 
 
 def _left_to_parent(name, modules):
@@ -119,6 +122,8 @@ def _left_to_parent(name, modules):
 
 
 def _check_module(name, modules):
+    linear = name in modules and linear_shape(modules[name])
+    check.value(linear, "target_modules", f"{name!r}", "the name of a linear layer of the model")
     module, (parent, _, child) = modules[name], name.rpartition(".")
     if child and is_read_past_forward(modules[parent], child):
         refuse_read_past_forward(name)
@@ -151,15 +156,11 @@ def _change_class(module, cls):
 
 
 def _attach(module, r, lora_alpha, lora_dropout, dtype):
-    base, weight = type(module), module._parameters.get("weight")
+    base, weight, shape = type(module), module._parameters.get("weight"), linear_shape(module)
     like = next((t for t in (weight, *module.parameters(), *module.buffers()) if t is not None), torch.empty(0))
     dense = base in _dense_types and type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() == 2
     _change_class(module, lora_class(DenseLoRA if dense else OpaqueLoRA, base))
-    if base in _dense_types:
-        module.fan_in_fan_out = _dense_types[base]
-        shape = module.weight.shape[::-1] if module.fan_in_fan_out else module.weight.shape
-    else:
-        shape = module.out_features, module.in_features
+    module.fan_in_fan_out = _dense_types.get(base, False)
     dtype = dtype or (torch.float64 if like.dtype == torch.float64 else torch.float32)
     module.attach(shape, r, lora_alpha, lora_dropout, dtype, like.device)
     module.reset_lora_parameters()
