@@ -18,9 +18,9 @@ def cdiv(a, b):
     return -(-a // b)
 
 
-def rank_block(R):
-    """Rank rows that one step takes: R padded to a power of two, at least a tensor core's 16, at most 64."""
-    return min(max(16, 1 << (R - 1).bit_length()), 64) if R else 0
+def rank_block(R, most=64):
+    """Rank rows that one step takes: R padded to a power of two, at least a tensor core's 16."""
+    return min(max(16, 1 << (R - 1).bit_length()), most) if R else 0
 
 
 def splits(programs, steps, sms):
@@ -33,26 +33,30 @@ def splits(programs, steps, sms):
 
 @lru_cache(maxsize=4096)
 def linear(M, N, itemsize, arch, sms):
-    """The K-extended GEMM. 255 registers a thread bound 4 warps to 128 x 128; 8 warps carry 128 x 256."""
+    """The K-extended GEMM; with 4 warps a tile of 128 x 128 already spills once an epilogue joins it."""
     if itemsize == 4:
         return Config(16 if M <= 16 else 64, 64, 32, 4, 3)
     if M <= 64:
         return Config(16 if M <= 16 else 32 if M <= 32 else 64, 64, 128, 4, 4 if arch in (80, 90) else 2)
     if arch not in (80, 90):
-        return Config(128, 128, 32, 4, 3)
+        return Config(128, 128, 32, 8, 3)
     if cdiv(M, 128) * cdiv(N, 256) >= sms:
         return Config(128, 256, 64, 8, 3)
     return Config(128, 128, 64, 8, 3)
 
 
-def shrink(M, itemsize):
-    """z = D(x) aᵀ: x is streamed once, so small rows and a long step."""
-    return Config(16 if M <= 16 else 64, 0, 32 if itemsize == 4 else 128, 4, 2 if itemsize == 4 else 4)
+def shrink(M, itemsize, RP, aligned):
+    """z = D(x) aᵀ: x is streamed once, so few rows and a long step; a mask decided element by element holds many registers."""
+    if itemsize == 4 or not aligned:
+        return Config(16 if M <= 16 else 64, 0, 32, 4, 2)
+    return Config(16 if M <= 16 else 64, 0, 128 if RP == 16 else 64, 4, 4)
 
 
-def shrink_backward(itemsize):
+def shrink_backward(itemsize, aligned):
     """da: BK columns of x against every row."""
-    return Config(32 if itemsize == 4 else 64, 0, 32 if itemsize == 4 else 128, 4, 2 if itemsize == 4 else 3)
+    if itemsize == 4 or not aligned:
+        return Config(32, 0, 32 if itemsize == 4 else 64, 4, 2)
+    return Config(64, 0, 128, 4, 3)
 
 
 def expand(M, itemsize):
@@ -60,8 +64,10 @@ def expand(M, itemsize):
     return Config(16 if M <= 16 else 64, 64 if itemsize == 4 else 128, 0, 4, 2)
 
 
-def expand_backward(M, itemsize):
+def expand_backward(M, itemsize, RP, arch):
     """t = dy bᵀ and db from one read of dy: more rows a program mean fewer partial db to write."""
     if itemsize == 4:
         return Config(16 if M <= 16 else 32, 32, 0, 4, 2)
-    return Config(16, 64, 0, 4, 3) if M <= 16 else Config(64, 64, 0, 4, 3) if M <= 2048 else Config(128, 64, 0, 8, 3)
+    if M <= 2048 or (RP > 32 and arch != 90):
+        return Config(16 if M <= 16 else 64, 64, 0, 4, 3)
+    return Config(128, 64, 0, 8, 3)

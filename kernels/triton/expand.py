@@ -64,9 +64,10 @@ def expand_backward(dy, z, g, b, need_t, need_db):
         return zeros((M, R), dtype=torch.float32), zeros((N, R), dtype=torch.float32)
     if not (need_t or need_db):
         return None, None
-    c, RP = config.expand_backward(M, dy.element_size()), config.rank_block(R)
+    device, RP = tile.device_of(dy), config.rank_block(R)
+    c = config.expand_backward(M, dy.element_size(), RP, device.arch)
     blocks, steps = (triton.cdiv(M, c.BM), triton.cdiv(R, RP)), triton.cdiv(N, c.BN)
-    count = config.splits(blocks[0] * blocks[1], steps, tile.device_of(dy).sms)
+    count = config.splits(blocks[0] * blocks[1], steps, device.sms)
     t = tile.partial(count, (M, R), dy) if need_t else None
     db = tile.partial(blocks[0], (N, R), dy) if need_db else None
     tile.launch(

@@ -57,7 +57,7 @@ def product(x, w, z, b, g, y, *, column_scale=None, bias=None, u=None, dropout_p
     if not (M and N):
         return
     device = tile.device_of(x)
-    c, RP = config.linear(M, N, x.element_size(), *device), config.rank_block(R)
+    c, RP = config.linear(M, N, x.element_size(), *device), config.rank_block(R, 32)
     seed, dropped, keep_scale, dropout, aligned = tile.dropout(dropout_p if R else 0, seed, N)
     tile.launch(
         _product_kernel, (triton.cdiv(M, c.BM) * triton.cdiv(N, c.BN),), x,

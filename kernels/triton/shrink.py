@@ -25,11 +25,11 @@ def _shrink_kernel(
     for first in range(split * chunk, min(K, (split + 1) * chunk), BK):
         cols = first + tl.arange(0, BK)
         if EVEN_K:
-            xt = tl.load(x + rows[:, None] * xm + cols[None, :] * xk, mask=row_in, other=0.0)
-            at = tl.load(a + ranks[None, :] * ar + cols[:, None] * ak, mask=rank_in, other=0.0)
+            xt = tl.load(x + rows[:, None] * xm + cols[None, :].to(tl.int64) * xk, mask=row_in, other=0.0)
+            at = tl.load(a + ranks[None, :] * ar + cols[:, None].to(tl.int64) * ak, mask=rank_in, other=0.0)
         else:
-            xt = tl.load(x + rows[:, None] * xm + cols[None, :] * xk, mask=row_in & (cols < K)[None, :], other=0.0)
-            at = tl.load(a + ranks[None, :] * ar + cols[:, None] * ak, mask=rank_in & (cols < K)[:, None], other=0.0)
+            xt = tl.load(x + rows[:, None] * xm + cols[None, :].to(tl.int64) * xk, mask=row_in & (cols < K)[None, :], other=0.0)
+            at = tl.load(a + ranks[None, :] * ar + cols[:, None].to(tl.int64) * ak, mask=rank_in & (cols < K)[:, None], other=0.0)
         if DROPOUT:
             keep = tile.kept(tl.load(seed), rows, first, K, threshold, BM, BK, ALIGNED)
             xt = tl.where(keep, xt, 0.0).to(xt.dtype)
@@ -52,16 +52,16 @@ def _shrink_backward_kernel(
     acc = tl.zeros((BK, RP), tl.float32)
     for start in range(split * chunk, min(M, (split + 1) * chunk), BM):
         rows = start + tl.arange(0, BM).to(tl.int64)
-        inside = (rows < M)[:, None]
+        inside = (rows < M)[None, :]
         if not EVEN_K:
-            inside = inside & (cols < K)[None, :]
-        xt = tl.load(x + rows[:, None] * xm + cols[None, :] * xk, mask=inside, other=0.0)
+            inside = inside & (cols < K)[:, None]
+        # Columns down: they are the tall side of the product, a tensor core takes 64 of them and 16 ranks.
+        xt = tl.load(x + rows[None, :] * xm + cols[:, None].to(tl.int64) * xk, mask=inside, other=0.0)
         if DROPOUT:
             keep = tile.kept(tl.load(seed), rows, first, K, threshold, BM, BK, ALIGNED)
-            xt = tl.where(keep, xt, 0.0).to(xt.dtype)
+            xt = tl.where(tl.trans(keep), xt, 0.0).to(xt.dtype)
         zt = tile.load_gated(z, zm, zr, g, gm, gr, scale, rows, ranks, M, R, xt.dtype)
-        # The columns of x are the tall side of the product: a tensor core takes 64 of them and 16 ranks.
-        acc = tl.dot(tl.trans(xt), zt, acc, input_precision="ieee")
+        acc = tl.dot(xt, zt, acc, input_precision="ieee")
     place = da + split.to(tl.int64) * R * K + ranks[None, :].to(tl.int64) * K + cols[:, None]
     tl.store(place, acc * keep_scale, mask=(cols < K)[:, None] & (ranks < R)[None, :])
 
@@ -71,11 +71,12 @@ def shrink(x, a, dropout_p, seed):
     (M, K), R = x.shape, a.shape[0]
     if not (M and R):
         return torch.empty((M, R), dtype=torch.float32, device=x.device)
-    c, RP = config.shrink(M, x.element_size()), config.rank_block(R)
+    seed, dropped, keep_scale, dropout, aligned = tile.dropout(dropout_p, seed, K)
+    RP = config.rank_block(R)
+    c = config.shrink(M, x.element_size(), RP, aligned or not dropout)
     blocks, steps = (triton.cdiv(M, c.BM), triton.cdiv(R, RP)), triton.cdiv(K, c.BK)
     count = config.splits(blocks[0] * blocks[1], steps, tile.device_of(x).sms)
     z = tile.partial(count, (M, R), x)
-    seed, dropped, keep_scale, dropout, aligned = tile.dropout(dropout_p, seed, K)
     tile.launch(
         _shrink_kernel, (blocks[0], count, blocks[1]), x,
         x, a, z, seed, dropped, keep_scale, M, K, R, *x.stride(), *a.stride(), triton.cdiv(steps, count) * c.BK,
@@ -90,11 +91,12 @@ def shrink_backward(z, g, x, dropout_p, seed):
     (M, K), R = x.shape, z.shape[1]
     if not (M and R and K):
         return torch.zeros((R, K), dtype=torch.float32, device=x.device)
-    c, RP = config.shrink_backward(x.element_size()), config.rank_block(R)
+    seed, dropped, keep_scale, dropout, aligned = tile.dropout(dropout_p, seed, K)
+    RP = config.rank_block(R)
+    c = config.shrink_backward(x.element_size(), aligned or not dropout)
     blocks, steps = (triton.cdiv(K, c.BK), triton.cdiv(R, RP)), triton.cdiv(M, c.BM)
     count = config.splits(blocks[0] * blocks[1], steps, tile.device_of(x).sms)
     da = tile.partial(count, (R, K), x)
-    seed, dropped, keep_scale, dropout, aligned = tile.dropout(dropout_p, seed, K)
     tile.launch(
         _shrink_backward_kernel, (blocks[0], count, blocks[1]), x,
         z, x, da, seed, dropped, keep_scale, g.rows, g.scale, M, K, R, *z.stride(), g.gm, g.gr, *x.stride(),

@@ -64,7 +64,7 @@ def load_gated(z, zm, zr, g, gm, gr, scale, rows, ranks, M, R, to: tl.constexpr)
 @triton.jit
 def update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols, M, N, R, to: tl.constexpr, RP: tl.constexpr, ONE: tl.constexpr):
     """acc + (z ⊙ g) b, RP rank rows a step; b [R, N] may be fp32 beside a 16-bit GEMM."""
-    for first in range(0, 1 if ONE else R, RP):
+    for first in tl.range(0, 1 if ONE else R, RP, num_stages=1):
         ranks = first + tl.arange(0, RP)
         zt = load_gated(z, zm, zr, g, gm, gr, scale, rows, ranks, M, R, to)
         inside = (ranks < R)[:, None] & ((cols >= 0) & (cols < N))[None, :]

@@ -1,0 +1,186 @@
+"""Compile every kernel for sm_80 and sm_90 without a GPU and read what costs speed: registers, spills, shared memory.
+
+    python tests/kernels/aot.py             print the table
+    python tests/kernels/aot.py --check     fail where a figure is worse than kernels/resources.json says
+    python tests/kernels/aot.py --record    write the figures of this Triton version there, and the table in kernels/README.md
+
+What is compiled is what the launchers launch: they run on meta tensors and the launches are caught on their way.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from fastlora.kernels import expand, linear, shrink, tile
+from fastlora.kernels import dropout as dropout_module
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "kernels" / "resources.json"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+VERSION = ".".join(triton.__version__.split(".")[:2])
+SHARED_LIMIT = {80: 166912, 90: 232448}
+# What must not grow. Of "wait" (how many wgmma groups stay in flight in the K loop) more is better.
+COSTS = ("registers", "spills", "shared")
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+
+
+def calls():
+    """name → a function that launches; shapes are those of a 4096 × 4096 layer unless the name says otherwise."""
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    scaling, seed = torch.tensor(2.0), meta(dtype=torch.int64)
+
+    def forward(M, K=4096, N=4096, R=16, dtype=torch.bfloat16, adapters=None, gates=False, dora=False, p=0.0):
+        a, b = meta(R, K, dtype=adapters or dtype), meta(N, R, dtype=adapters or dtype)
+        g = meta(M, R, dtype=torch.float32) if gates else None
+        c, bias = (meta(N, dtype=torch.float32), meta(N, dtype=dtype)) if dora else (None, None)
+        x, w = meta(M, K, dtype=dtype), meta(N, K, dtype=dtype)
+        return linear.lora_linear_forward(x, w, [a], [b], scaling, bias, g, [], c, p, seed if p else None)
+
+    def backward(M, K=4096, N=4096, R=16, dtype=torch.bfloat16, adapters=None, gates=False, p=0.0):
+        a, b = meta(R, K, dtype=adapters or dtype), meta(N, R, dtype=adapters or dtype)
+        g = meta(M, R, dtype=torch.float32) if gates else None
+        x, w, dy, z = meta(M, K, dtype=dtype), meta(N, K, dtype=dtype), meta(M, N, dtype=dtype), meta(M, R, dtype=torch.float32)
+        needs = [True, False, True, True, False, False, False, False]
+        return linear.lora_linear_backward(dy, x, w, [a], [b], scaling, g, [], None, p, seed if p else None, z, None, needs)
+
+    fp32 = torch.float32
+    return {
+        "forward M=8192": lambda: forward(8192),
+        "forward M=8192 R=64 gates fp32-adapters": lambda: forward(8192, R=64, gates=True, adapters=fp32),
+        "forward M=8192 R=256": lambda: forward(8192, R=256),
+        "forward M=8192 dropout": lambda: forward(8192, p=0.1),
+        "forward M=8192 fp16 bias c": lambda: forward(8192, dtype=torch.float16, dora=True),
+        "forward M=512 fp32": lambda: forward(512, dtype=fp32),
+        "forward M=512 odd K N": lambda: forward(512, K=4095, N=4001, R=3, p=0.1),
+        "forward M=512": lambda: forward(512),
+        "forward M=64": lambda: forward(64),
+        "forward M=16": lambda: forward(16),
+        "backward M=8192": lambda: backward(8192),
+        "backward M=8192 dropout": lambda: backward(8192, p=0.1),
+        "backward M=8192 R=64 gates fp32-adapters": lambda: backward(8192, R=64, gates=True, adapters=fp32),
+        "backward M=512 fp32 dropout": lambda: backward(512, dtype=fp32, p=0.1),
+        "backward M=512": lambda: backward(512),
+        "backward M=16": lambda: backward(16),
+        "expand M=8192": lambda: expand.lora_expand(meta(8192, 4096), meta(8192, 16, dtype=fp32), [meta(4096, 16)], scaling, None, [], []),
+        "expand M=16 fp32": lambda: expand.lora_expand(
+            meta(16, 4096, dtype=fp32), meta(16, 16, dtype=fp32), [meta(4096, 16, dtype=fp32)], scaling, None, [], []
+        ),
+        "shrink_backward M=8192 dropout": lambda: shrink.lora_shrink_backward(
+            meta(8192, 16, dtype=fp32), meta(8192, 4096), [meta(16, 4096)], 0.1, seed, [True, True]
+        ),
+        "dropout": lambda: dropout_module.lora_dropout(meta(8192, 4096), 0.1, seed),
+        "dropout fp32": lambda: dropout_module.lora_dropout(meta(8192, 4096, dtype=fp32), 0.1, seed),
+    }  # fmt: skip
+
+
+def caught(arch):
+    """(label, kernel, arguments, options) of every launch of every call, as on a GPU of this architecture."""
+    launches = []
+    tile.device_of = lambda x: tile.Device(arch, {80: 108, 90: 132}[arch])
+    for name, call in calls().items():
+
+        def catch(kernel, grid, x, *args, warps=4, stages=3, name=name, **constants):
+            options = dict(num_warps=warps, num_stages=stages)
+            label = f"sm_{arch} {kernel.fn.__name__.strip('_').removesuffix('_kernel')}: {name}"
+            launches.append((label, kernel, dict(zip(kernel.arg_names, args, strict=False)) | constants, options))
+
+        tile.launch = catch
+        call()
+    return launches
+
+
+def source(kernel, arguments):
+    """The launch's argument types, constants and alignment, specialised as Triton's launcher does."""
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value is None or kernel.params[i].is_constexpr or value == 1:
+            signature[name] = "constexpr"
+            constants[name] = value
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
+        if aligned and signature[name] != "constexpr":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), repr((kernel.fn.__name__, signature, constants, attributes))
+
+
+def figures(compiled):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = [subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+                for option in ("--dump-resource-usage", "--dump-sass")]  # fmt: skip
+    ptx = compiled.asm["ptx"]
+    waits = [int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)]
+    matrix = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.(m\d+n\d+k\d+)", ptx)))
+    return {
+        "registers": int(re.search(r"REG:(\d+)", dump[0])[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", dump[1])),
+        "shared": compiled.metadata.shared,
+        "wait": max(waits, default=0),
+        "copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "mma": " ".join(matrix),
+        "launch": f"w{compiled.metadata.num_warps} s{compiled.metadata.num_stages}",
+    }
+
+
+def measure(arch):
+    """label → figures; a kernel that several calls launch alike is compiled once."""
+    table, seen = {}, set()
+    for label, kernel, arguments, options in caught(arch):
+        src, key = source(kernel, arguments)
+        if (key, str(options)) in seen:
+            continue
+        seen.add((key, str(options)))
+        table[label] = figures(triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options))
+    return table
+
+
+def complaints(table, recorded):
+    """Sentences for what is worse than recorded, or cannot run at all."""
+    found = []
+    for label, now in table.items():
+        arch = int(label[3:5])
+        if now["shared"] > SHARED_LIMIT[arch]:
+            found.append(f"{label}: {now['shared']} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
+        then = recorded.get(label)
+        if then is None:
+            found.append(f"{label}: not in {RECORD.name}; python tests/kernels/aot.py --record")
+            continue
+        found += [f"{label}: {cost} {then[cost]} -> {now[cost]}" for cost in COSTS if now[cost] > then[cost]]
+        found += [f"{label}: {gain} {then[gain]} -> {now[gain]}" for gain in ("wait", "copies") if now[gain] < then[gain]]
+    return found
+
+
+def main(arguments):
+    with ProcessPoolExecutor(2) as pool:
+        table = {label: row for part in pool.map(measure, (80, 90)) for label, row in part.items()}
+    every = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if "--record" in arguments:
+        RECORD.write_text(json.dumps({**every, VERSION: table}, indent=1, sort_keys=True) + "\n")
+        return 0
+    for label, row in table.items():
+        print(f"{label:72} " + "  ".join(f"{k}={v}" for k, v in row.items()))
+    found = complaints(table, every.get(VERSION, {})) if "--check" in arguments else []
+    print("\n".join(found))
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
