@@ -1,0 +1,86 @@
+"""What is measured: data only. A case is one shape of one op, in one direction; a method is one way to compute it."""
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One layer: x (m, k), W (n, k), an adapter of rank r."""
+
+    mode: str  # forward, or training = forward + backward
+    m: int
+    k: int
+    n: int
+    dtype: str
+    r: int = 16
+
+    @property
+    def name(self):
+        return f"linear/{self.mode}/{self.k}x{self.n}/{self.dtype}/m{self.m}/r{self.r}"
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One decoding step of SmolLM2-135M with adapters on all its linear layers, after a prompt of `past` tokens."""
+
+    batch: int
+    dtype: str
+    past: int = 64
+    r: int = 16
+
+    @property
+    def name(self):
+        return f"smollm2/decode/{self.dtype}/b{self.batch}/r{self.r}"
+
+
+_CPU_M = (1, 4, 16, 64, 256, 1024)
+_CPU_SHAPES = ((576, 1536), (1024, 1024), (4096, 4096))
+_CUDA_M = (1, 16, 64, 1024, 8192)
+_CUDA_SHAPES = ((1024, 1024), (4096, 4096), (4096, 14336), (14336, 4096))
+
+
+def cases(op, device):
+    """The grid of one op on one kind of device."""
+    if op == "smollm2":
+        return [DecodeCase(batch, dtype) for dtype in DTYPES for batch in (1, 4)]
+    sizes, shapes = (_CPU_M, _CPU_SHAPES) if device == "cpu" else (_CUDA_M, _CUDA_SHAPES)
+    dtypes = DTYPES if device == "cpu" else ("bf16",)
+    return [
+        LinearCase(mode, m, k, n, dtype)
+        for mode in ("forward", "training")
+        for dtype in dtypes
+        for k, n in shapes
+        for m in sizes
+    ]
+
+
+def methods(case):
+    """Names of the methods that a case compares; the first is what all ratios are taken over.
+
+    `fastlora` and `peft` are what `inject` and PEFT make by default, fp32 adapters; `_bf16` have the base's dtype.
+    """
+    half = case.dtype == "bf16"
+    if isinstance(case, DecodeCase):
+        return ["base", "fastlora", "loralib", "peft"]
+    return [
+        "base",
+        "fastlora",
+        *(["fastlora_bf16"] if half else []),
+        "loralib",
+        "peft",
+        *(["peft_bf16"] if half else []),
+        "addmm",
+        "compile",
+    ]
+
+
+# The tests that must pass before an op is timed.
+GATES = {
+    "linear": ("tests/ops", "tests/csrc", "tests/nn"),
+    "smollm2": ("tests/ops", "tests/nn", "tests/test_model.py"),
+}
+OPS = tuple(GATES)

@@ -1,0 +1,94 @@
+"""One case, every method: inputs, a check that all compute the same thing, times, memory, rows."""
+
+import functools
+
+import torch
+
+from . import layers
+from .cases import DTYPES, LinearCase
+from .clock import peak_bytes, time_cpu, time_cuda
+
+# More than any GPU's L2 cache: a weight that is used again has left it.
+ROTATED_BYTES = 300e6
+
+
+def measure(case, device, methods, seconds):
+    """The rows of a case, one a method."""
+    linear = isinstance(case, LinearCase)
+    lists = (_linear_calls if linear else _decode_calls)(case, device, methods)
+    copies = len(lists["base"])
+    calls = {m: functools.partial(_each, of) if copies > 1 else of[0] for m, of in lists.items()}
+    with torch.inference_mode(not (linear and case.mode == "training")):
+        timing = time_cuda(calls, copies) if device == "cuda" else time_cpu(calls, seconds)
+        memory = {m: peak_bytes(call, device) for m, call in calls.items()}
+    return [_row(case, m, timing, memory[m]) for m in methods]
+
+
+def _each(calls):
+    for call in calls:
+        call()
+
+
+def _row(case, method, timing, memory):
+    p20, p50, p80 = (s * 1e6 for s in timing.quantiles(method))
+    return {
+        "case": case.name,
+        "method": method,
+        "p20_us": p20,
+        "p50_us": p50,
+        "p80_us": p80,
+        "vs_base": timing.ratio(method, "base"),
+        "vs_fastlora": timing.ratio(method, "fastlora"),
+        "peak_mb": memory / 1e6,
+        "calls": timing.calls,
+        "samples": len(timing.seconds[method]),
+        "dropped": timing.dropped[method],
+        "runs": 1,
+    }
+
+
+def _linear_calls(case, device, methods):
+    """{method: one call for each copy of the weights}; the methods share the weights."""
+    dtype = DTYPES[case.dtype]
+    x = torch.randn(case.m, case.k, device=device, dtype=dtype)
+    dy = torch.randn(case.m, case.n, device=device, dtype=dtype)
+    size = case.n * case.k * x.element_size()
+    copies = min(64, int(ROTATED_BYTES / size) + 1) if device == "cuda" else 1
+    calls = {m: [] for m in methods}
+    torch._dynamo.reset()
+    for copy in range(copies):
+        w = torch.randn(case.n, case.k, device=device, dtype=dtype) * case.k**-0.5
+        a = torch.randn(case.r, case.k, device=device) * case.k**-0.5
+        b = torch.randn(case.n, case.r, device=device) * case.r**-0.5
+        for method in methods:
+            layer, trained = layers.build(method, case, w, a, b)
+            if copy == 0:
+                _check(method, layer, x, w, a, b)
+            calls[method].append(_call(case, layer, x, dy, trained))
+    return calls
+
+
+def _call(case, layer, x, dy, trained):
+    if case.mode == "forward":
+        return functools.partial(layer, x)
+    x = x.detach().requires_grad_()
+    return lambda: torch.autograd.grad(layer(x), (x, *trained), dy)
+
+
+def _check(method, layer, x, w, a, b):
+    """A method that computes something else must not be in the table."""
+    with torch.inference_mode():
+        exact = x.float() @ (w.float() + (0 if method == "base" else b @ a)).T
+        error = ((layer(x).float() - exact).norm() / exact.norm()).item() if x.numel() else 0.0
+    if not error < (2e-2 if x.dtype == torch.bfloat16 else 1e-4):
+        raise SystemExit(f"{method} is off by {error:.1e}: it does not compute the same layer")
+
+
+def _decode_calls(case, device, methods):
+    from . import models
+
+    model, tokenizer = models.load(DTYPES[case.dtype])
+    model.to(device)
+    tokens = torch.randint(10, len(tokenizer), (case.batch, case.past), device=device)
+    adapted = {m: models.randomize(models.adapted(model, m, case.r)) for m in methods}
+    return {m: [models.decode_step(adapted[m], tokens)] for m in methods}
