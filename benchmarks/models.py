@@ -1,17 +1,20 @@
 """SmolLM2-135M-Instruct, with the same adapters in every library: used by the benchmark and by the demo."""
 
+import contextlib
 import copy
 import importlib.util
+import inspect
+import io
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import loralib
 import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 import fastlora
@@ -29,11 +32,12 @@ def gguf_file():
 
 def load(dtype=torch.float32):
     """(model in eval mode, all frozen; tokenizer)"""
-    logging.disable_progress_bar()
     logging.set_verbosity_error()
     file = gguf_file()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+    # progress bars of the conversion, of which there are several at once
+    with contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -80,13 +84,16 @@ def randomize(model, seed=0):
 
 def decode_step(model, tokens):
     """A function of one decoding step after the prompt `tokens` (batch, past); the cache is cut back after each."""
-    past = tokens.shape[1]
+    language_model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    names = inspect.signature(language_model.forward).parameters
+    name = "cache" if "cache" in names else "past_key_values"
+    cache, last = DynamicCache(config=model.config), tokens[:, -1:]
     with torch.inference_mode():
-        cache = model(tokens, use_cache=True).past_key_values
+        model(tokens, use_cache=True, **{name: cache})
 
-    def step(last=tokens[:, -1:]):
-        logits = model(last, past_key_values=cache, use_cache=True).logits
-        cache.crop(past)
+    def step():
+        logits = model(last, use_cache=True, **{name: cache}).logits
+        cache.crop(-1)
         return logits
 
     return step
