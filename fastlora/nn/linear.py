@@ -57,20 +57,23 @@ class DenseLoRA(LoRALayer):
         return self._current_copy()
 
     def _current_copy(self):
-        sources = (self.weight, self.lora_A, self.lora_B, self.scaling)
-        trained = [t for t in sources if t.requires_grad]
-        if trained and torch.is_grad_enabled():
-            # an optimizer step may follow, and fused ones leave `_version` as it was
-            self._merged_copy = False
-        if self._merged_copy is False or any(t.grad is not None for t in trained):
+        weight, lora_A, lora_B = (self._parameters.get(name) for name in ("weight", "lora_A", "lora_B"))
+        sources = weight, lora_A, lora_B, self.scaling
+        if type(weight) is not nn.Parameter or type(lora_A) is not nn.Parameter or type(lora_B) is not nn.Parameter:
             return None
-        if any(type(t) is not nn.Parameter for t in sources[:3]) or any(t.is_inference() for t in sources):
+        if lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad:
+            if torch.is_grad_enabled():
+                # an optimizer step may follow, and fused ones leave `_version` as it was
+                self._merged_copy = False
+            if any(t.grad is not None for t in sources):
+                return None
+        if self._merged_copy is False or any([t.is_inference() for t in sources]):
             return None
         stamp = [(id(t), t._version, t.data_ptr()) for t in sources]
-        if self._merged_copy is None or self._merged_copy[2] != stamp:
+        if self._merged_copy is None or self._merged_copy[1] != stamp:
             # out of inference mode: a copy made there could not be saved for a backward later
             with torch.inference_mode(False):
-                self._merged_copy = self.merged_weight(), sources, stamp
+                self._merged_copy = self.merged_weight(), stamp, sources
         return self._merged_copy[0]
 
 
