@@ -118,11 +118,11 @@ LinearForward linear_forward(FASTLORA_LINEAR_ARGS) {
 LinearBackward linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, need_column] = needs;
   const auto dtype = x.scalar_type(), wide = accumulate_type(dtype);
-  const auto empty = at::empty({0}, x.options());
+  const auto empty = [&] { return at::empty({0}, x.options()); };
   const auto x2 = flat(x), dy2 = flat(dy), z2 = flat(z);
   const auto dv = column_scale ? (dy2.to(wide) * column_scale->to(wide)).to(dtype) : dy2;
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), x, wide);
-  Tensor dx = empty, dweight = empty, dbias = empty, dcolumn = empty, dscaling = empty, dgates = empty;
+  Tensor dx = empty(), dweight = empty(), dbias = empty(), dcolumn = empty(), dscaling = empty(), dgates = empty();
   Tensors dA, dB;
   if (need_x || need_A || need_scaling || need_gates) {
     const auto t = project_flat(dv, lora_B);
@@ -166,7 +166,8 @@ ExpandBackward expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
   const auto out = dy.size(-1), start = columns.empty() ? 0 : columns[0], stop = columns.empty() ? out : columns[1];
   const auto dv = flat(dy).narrow(1, start, stop - start), z2 = flat(z).to(wide);
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), dy, wide);
-  auto dz = at::empty({0}, z.options()), dscaling = dz, dgates = dz;
+  const auto empty = [&] { return at::empty({0}, z.options()); };
+  auto dz = empty(), dscaling = empty(), dgates = empty();
   if (need_z || need_scaling || need_gates) {
     const auto t = project_flat(dv, lora_B);
     if (need_z) dz = gate.times(t).to(z.scalar_type()).reshape(z.sizes());

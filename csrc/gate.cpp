@@ -68,14 +68,13 @@ Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef rank
 
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& dg, const Tensor& scaling, const MaybeTensor& gates,
                                          IntArrayRef ranks, const Tensor& like, bool need_scaling, bool need_gates) {
-  auto empty = at::empty({0}, dg.options());
-  if (!need_scaling && !need_gates) return {empty, empty};
+  auto dscaling = at::empty({0}, dg.options()), dgates = at::empty({0}, dg.options());
+  if (!need_scaling && !need_gates) return {dscaling, dgates};
   auto each = gather(dg, ranks);
   each = each.reshape(with_last(like.sizes(), each.size(-1)));
   const auto sum_to = [](const Tensor& grad, const Tensor& t) {
     return grad.sum_to_size(t.sizes()).to(t.device(), t.scalar_type(), /*non_blocking=*/false, /*copy=*/false);
   };
-  auto dscaling = empty, dgates = empty;
   if (need_scaling) dscaling = sum_to(gates ? each * gates->to(each.scalar_type()) : each, scaling);
   if (need_gates) dgates = sum_to(each * scaling.to(each.device(), each.scalar_type()), *gates);
   return {dscaling, dgates};

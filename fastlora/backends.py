@@ -99,6 +99,13 @@ def order(op, *args):
     return (_pinned,) if _pinned else _EARLIER.get((op, _device(args)), _ORDER)
 
 
+def passed_over(backend):
+    """Why a back-end without objection is not asked."""
+    if _pinned:
+        return f"{_pinned} is pinned"
+    return "no default here: docs/gpu-status.md does not list it as run and faster; use_backend() pins it"
+
+
 def walk(op, *args):
     """(back-end, None or its objection) of each that is asked, up to the one that runs the call."""
     asked = []

@@ -8,6 +8,7 @@ lane >= round(p * 65536), scaled by 65536 / (65536 - round(p * 65536)); p = 1 gi
 import functools
 
 import torch
+from torch._functorch import compile_utils
 
 from fastlora import backends
 from fastlora.ops import check
@@ -88,3 +89,6 @@ lib.define("draw_seed(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, t
 lib.impl("draw_seed", _draw_seed, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlora::draw_seed", lambda x: torch.empty((), dtype=torch.int64, device=x.device), lib=lib)
 draw_seed = torch.ops.fastlora.draw_seed.default
+# torch's common-subexpression pass knows random ops by this list alone, not by their tag: two layers on one x would
+# share a mask in a compiled graph
+compile_utils.rand_ops.append(torch.ops.fastlora.draw_seed)

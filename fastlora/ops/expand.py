@@ -48,16 +48,13 @@ def lora_expand_backward_reference(dy, z, lora_B, scaling, gates, ranks, columns
     dy = _cut(dy, columns).to(z.dtype)
     g = expand_gate(scaling, gates, ranks, dy.device, z.dtype)
     t = join([dy @ b.to(dy.dtype) for b in lora_B], dy, dy.dtype)
-    empty = z.new_empty(0)
-    dz = (t * g).contiguous() if need_z else empty
+    dz = (t * g).contiguous() if need_z else z.new_empty(0)
     dB = []
     if need_B:
         parts = flat(z * g).split([b.shape[1] for b in lora_B], -1)
         dB = [(flat(dy).T @ zb).to(b.dtype) for zb, b in zip(parts, lora_B, strict=True)]
-    dscaling, dgates = empty, empty
-    if need_scaling or need_gates:
-        dscaling, dgates = gate_backward(t * z, scaling, gates, ranks)
-    return dz, dB, dscaling if need_scaling else empty, dgates if need_gates else empty
+    dscaling, dgates = gate_backward(t * z, scaling, gates, ranks)
+    return dz, dB, dscaling if need_scaling else z.new_empty(0), dgates if need_gates else z.new_empty(0)
 
 
 def _fake(y, z, lora_B, scaling, gates, ranks, columns):

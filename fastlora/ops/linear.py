@@ -83,19 +83,16 @@ def lora_linear_backward_reference(
     dy, x, weight, lora_A, lora_B, scaling, gates, ranks, column_scale, dropout_p, seed, z, u, needs
 ):
     need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, need_column = needs
-    empty = x.new_empty(0)
     dy = dy.to(z.dtype)
     dv = dy if column_scale is None else dy * column_scale.to(z.dtype)
     half = [need_x or need_A, need_B, need_scaling, need_gates]
     dz, dB, dscaling, dgates = lora_expand_backward_reference(dv, z, lora_B, scaling, gates, ranks, (), half)
-    dx, dA = empty, []
-    if need_x or need_A:
-        dx, dA = lora_shrink_backward_reference(dz, x.to(z.dtype), lora_A, dropout_p, seed, [need_x, need_A])
+    dx, dA = lora_shrink_backward_reference(dz, x.to(z.dtype), lora_A, dropout_p, seed, [need_x, need_A])
     if need_x:
         dx = (dx + (dv.to(x.dtype) @ weight).to(z.dtype)).to(x.dtype).contiguous()
-    dweight = (flat(dv).T @ flat(x).to(z.dtype)).to(weight.dtype) if need_weight else empty
-    dbias = flat(dy).sum(0).to(x.dtype) if need_bias else empty
-    dcolumn = flat(dy * u.to(z.dtype)).sum(0).to(column_scale.dtype) if need_column else empty
+    dweight = (flat(dv).T @ flat(x).to(z.dtype)).to(weight.dtype) if need_weight else x.new_empty(0)
+    dbias = flat(dy).sum(0).to(x.dtype) if need_bias else x.new_empty(0)
+    dcolumn = flat(dy * u.to(z.dtype)).sum(0).to(column_scale.dtype) if need_column else x.new_empty(0)
     return dx, dweight, dA, dB, dscaling, dbias, dgates, dcolumn
 
 
