@@ -1,4 +1,4 @@
-"""Which tiles a kernel uses: pure functions of shape, element size and architecture, so that they are tested without a GPU."""
+"""Which tiles a kernel uses: pure functions of shape, element size and architecture."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -26,9 +26,10 @@ def rank_block(R, most=64):
 def splits(programs, steps, sms):
     """Into how many parts a reduction of `steps` steps is cut so that two programs per multiprocessor have work.
 
-    A function of the shape and the device alone: the same call always adds in the same order.
+    A function of the shape and the device alone: the same call always adds in the same order. No part is empty.
     """
-    return max(1, min(steps, cdiv(2 * sms, max(programs, 1)), 32))
+    count = max(1, min(steps, cdiv(2 * sms, max(programs, 1)), 32))
+    return cdiv(steps, cdiv(steps, count)) if steps else 1
 
 
 @lru_cache(maxsize=4096)
@@ -46,7 +47,7 @@ def linear(M, N, itemsize, arch, sms):
 
 
 def shrink(M, itemsize, RP, aligned):
-    """z = D(x) aᵀ: x is streamed once, so few rows and a long step; a mask decided element by element holds many registers."""
+    """z = D(x) aᵀ: x is streamed once, so few rows and a long step; a short one where Philox runs per element."""
     if itemsize == 4 or not aligned:
         return Config(16 if M <= 16 else 64, 0, 32, 4, 2)
     return Config(16 if M <= 16 else 64, 0, 128 if RP == 16 else 64, 4, 4)

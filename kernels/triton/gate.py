@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from .tile import rows_of
+
 
 class Gate(NamedTuple):
     """g = scale · rows[m·gm + row·gr]; a stride of 0 broadcasts."""
@@ -25,7 +27,7 @@ def _owner(ranks, device):
 
 
 def gate(scaling, gates, ranks, z):
-    """The gate of z (…, R). A scaling on the host becomes a kernel argument; one on the device is never read by the host."""
+    """The gate of z (…, R). A scaling on the host becomes an argument; one on the device is not read by the host."""
     scale, rows = 1.0, gates
     if scaling.dim() == 0 and scaling.device.type == "cpu":
         scale = float(scaling)
@@ -37,7 +39,7 @@ def gate(scaling, gates, ranks, z):
     if rows.dim() and rows.shape[-1] > 1 and any(r != 1 for r in ranks):
         rows = rows.index_select(-1, _owner(tuple(ranks), z.device))
     if rows.dim() > 1:
-        rows = rows.expand(*z.shape[:-1], rows.shape[-1]).reshape(-1, rows.shape[-1])
+        rows = rows_of(rows.expand(*z.shape[:-1], rows.shape[-1]))
     gr = rows.stride(-1) if rows.dim() and rows.shape[-1] > 1 else 0
     return Gate(rows, rows.stride(0) if rows.dim() > 1 else 0, gr, scale)
 

@@ -49,7 +49,8 @@ def lora_linear_backward(
         da = tile.split(shrink_backward(t, g, x2, dropout_p, seed), lora_A, 0)
     if need_w:
         dw = dy2.t() @ x2
-    dscaling, dgates = gate_backward(t.view(z.shape) if t is not None else z, z, scaling, gates, ranks, need_scaling, need_gates)
+    t = z if t is None else t.view(z.shape)
+    dscaling, dgates = gate_backward(t, z, scaling, gates, ranks, need_scaling, need_gates)
     return dx, dw, da, db, dscaling, dbias, dgates, dcolumn
 
 

@@ -30,13 +30,9 @@ def _product_kernel(
     xp = x + rows[:, None] * xm + steps[None, :] * xk
     wp = w + steps[:, None].to(tl.int64) * wk + cols[None, :].to(tl.int64) * wn
     for k in range(0, K, BK):
-        if EVEN_K:
-            xt = tl.load(xp, mask=row_in, other=0.0)
-            wt = tl.load(wp, mask=col_in, other=0.0)
-        else:
-            xt = tl.load(xp, mask=row_in & (steps < K - k)[None, :], other=0.0)
-            wt = tl.load(wp, mask=col_in & (steps < K - k)[:, None], other=0.0)
-        acc = tl.dot(xt, wt, acc, input_precision="ieee")
+        x_in = row_in if EVEN_K else row_in & (steps < K - k)[None, :]
+        w_in = col_in if EVEN_K else col_in & (steps < K - k)[:, None]
+        acc = tl.dot(tl.load(xp, mask=x_in, other=0.0), tl.load(wp, mask=w_in, other=0.0), acc, input_precision="ieee")
         xp += BK * xk
         wp += tl.cast(BK * wk, tl.int64)
     if RP > 0 and not DROPOUT:

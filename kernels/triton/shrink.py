@@ -13,7 +13,8 @@ from .product import product
 @triton.jit
 def _shrink_kernel(
     x, a, z, seed, threshold, keep_scale, M, K, R, xm, xk, ar, ak, chunk,
-    BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
+    EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Rows × rank block of z from columns split·chunk … of x; part `split` of z."""
     split = tl.program_id(1)
@@ -23,13 +24,11 @@ def _shrink_kernel(
     rank_in = (ranks < R)[None, :]
     acc = tl.zeros((BM, RP), tl.float32)
     for first in range(split * chunk, min(K, (split + 1) * chunk), BK):
-        cols = first + tl.arange(0, BK)
-        if EVEN_K:
-            xt = tl.load(x + rows[:, None] * xm + cols[None, :].to(tl.int64) * xk, mask=row_in, other=0.0)
-            at = tl.load(a + ranks[None, :] * ar + cols[:, None].to(tl.int64) * ak, mask=rank_in, other=0.0)
-        else:
-            xt = tl.load(x + rows[:, None] * xm + cols[None, :].to(tl.int64) * xk, mask=row_in & (cols < K)[None, :], other=0.0)
-            at = tl.load(a + ranks[None, :] * ar + cols[:, None].to(tl.int64) * ak, mask=rank_in & (cols < K)[:, None], other=0.0)
+        cols = first + tl.arange(0, BK).to(tl.int64)
+        x_in = row_in if EVEN_K else row_in & (cols < K)[None, :]
+        a_in = rank_in if EVEN_K else rank_in & (cols < K)[:, None]
+        xt = tl.load(x + rows[:, None] * xm + cols[None, :] * xk, mask=x_in, other=0.0)
+        at = tl.load(a + ranks[None, :] * ar + cols[:, None] * ak, mask=a_in, other=0.0)
         if DROPOUT:
             keep = tile.kept(tl.load(seed), rows, first, K, threshold, BM, BK, ALIGNED)
             xt = tl.where(keep, xt, 0.0).to(xt.dtype)
@@ -42,28 +41,28 @@ def _shrink_kernel(
 @triton.jit
 def _shrink_backward_kernel(
     z, x, da, seed, threshold, keep_scale, g, scale, M, K, R, zm, zr, gm, gr, xm, xk, chunk,
-    BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
+    EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Columns × rank block of da = (z ⊙ g)ᵀ D(x) from rows split·chunk … ; part `split`."""
     split = tl.program_id(1)
     first = tl.program_id(0) * BK
-    cols = first + tl.arange(0, BK)
+    cols = first + tl.arange(0, BK).to(tl.int64)
     ranks = tl.program_id(2) * RP + tl.arange(0, RP)
+    col_in = (cols < K)[:, None]
     acc = tl.zeros((BK, RP), tl.float32)
     for start in range(split * chunk, min(M, (split + 1) * chunk), BM):
         rows = start + tl.arange(0, BM).to(tl.int64)
-        inside = (rows < M)[None, :]
-        if not EVEN_K:
-            inside = inside & (cols < K)[:, None]
+        inside = (rows < M)[None, :] if EVEN_K else (rows < M)[None, :] & col_in
         # Columns down: they are the tall side of the product, a tensor core takes 64 of them and 16 ranks.
-        xt = tl.load(x + rows[None, :] * xm + cols[:, None].to(tl.int64) * xk, mask=inside, other=0.0)
+        xt = tl.load(x + rows[None, :] * xm + cols[:, None] * xk, mask=inside, other=0.0)
         if DROPOUT:
             keep = tile.kept(tl.load(seed), rows, first, K, threshold, BM, BK, ALIGNED)
             xt = tl.where(tl.trans(keep), xt, 0.0).to(xt.dtype)
         zt = tile.load_gated(z, zm, zr, g, gm, gr, scale, rows, ranks, M, R, xt.dtype)
         acc = tl.dot(xt, zt, acc, input_precision="ieee")
     place = da + split.to(tl.int64) * R * K + ranks[None, :].to(tl.int64) * K + cols[:, None]
-    tl.store(place, acc * keep_scale, mask=(cols < K)[:, None] & (ranks < R)[None, :])
+    tl.store(place, acc * keep_scale, mask=col_in & (ranks < R)[None, :])
 
 
 def shrink(x, a, dropout_p, seed):
@@ -108,7 +107,8 @@ def shrink_backward(z, g, x, dropout_p, seed):
 
 def lora_shrink(x, lora_A, dropout_p, seed):
     """z (…, R) in fp32."""
-    return shrink(tile.rows_of(x), tile.join(lora_A, 0), dropout_p, seed).view(*x.shape[:-1], -1)
+    a = tile.join(lora_A, 0)
+    return shrink(tile.rows_of(x), a, dropout_p, seed).view(*x.shape[:-1], a.shape[0])
 
 
 def lora_shrink_backward(dz, x, lora_A, dropout_p, seed, needs):

@@ -1,4 +1,4 @@
-"""What several kernels share: device helpers, and on the host the one place that launches, the gate, the common objections."""
+"""What several kernels share: device helpers; on the host the one place that launches, and the objections."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -33,7 +33,7 @@ def philox(seed, group):
 
 @triton.jit
 def kept(seed, rows, first, width, threshold, BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr):
-    """Dropout's mask of rows (BM, int64) × columns first … first + BN of a matrix `width` wide: a lane ≥ threshold is kept.
+    """Dropout's mask of rows (BM, int64) × columns first … of a matrix `width` wide: a lane ≥ threshold is kept.
 
     Where every row starts a group of eight (ALIGNED) one call of the generator makes eight decisions.
     """
@@ -53,7 +53,7 @@ def kept(seed, rows, first, width, threshold, BM: tl.constexpr, BN: tl.constexpr
 
 @triton.jit
 def load_gated(z, zm, zr, g, gm, gr, scale, rows, ranks, M, R, to: tl.constexpr):
-    """(z ⊙ scale·g)[rows, ranks] in the GEMM's type: the gate is applied wherever z is read, so only z itself is ever stored."""
+    """(z ⊙ scale·g)[rows, ranks] in the GEMM's type. The gate is applied where z is read: only z itself is stored."""
     inside = (rows < M)[:, None] & (ranks < R)[None, :]
     tile = tl.load(z + rows[:, None] * zm + ranks[None, :] * zr, mask=inside, other=0.0).to(tl.float32) * scale
     if g is not None:
@@ -62,7 +62,10 @@ def load_gated(z, zm, zr, g, gm, gr, scale, rows, ranks, M, R, to: tl.constexpr)
 
 
 @triton.jit
-def update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols, M, N, R, to: tl.constexpr, RP: tl.constexpr, ONE: tl.constexpr):
+def update(
+    acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols, M, N, R,
+    to: tl.constexpr, RP: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
     """acc + (z ⊙ g) b, RP rank rows a step; b [R, N] may be fp32 beside a 16-bit GEMM."""
     for first in tl.range(0, 1 if ONE else R, RP, num_stages=1):
         ranks = first + tl.arange(0, RP)
@@ -90,7 +93,7 @@ def device_of(x):
 
 
 def launch(kernel, grid, x, *args, warps=4, stages=3, **constants):
-    """Run `kernel` on x's device. Everything that is launched goes through here, which is how it is compiled without a GPU."""
+    """Run `kernel` on x's device. Every launch goes through here, where tests without a GPU catch it."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
@@ -111,11 +114,11 @@ def dropout(p, seed, width):
 
 def rows_of(x):
     """x (…, n) as a matrix: a view wherever strides allow one."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x[None] if x.dim() == 1 else x.flatten(0, -2)
 
 
 def join(pairs, dim):
-    """One matrix of all adapters' rank rows: a single pair in place, several concatenated (they are small; x, w, y are not)."""
+    """All adapters' rank rows in one matrix: a single pair in place, several concatenated, small beside x and w."""
     return pairs[0] if len(pairs) == 1 else torch.cat(list(pairs), dim)
 
 
@@ -124,7 +127,8 @@ def split(gradient, adapters, dim):
     if len(adapters) == 1:
         return [gradient.to(adapters[0].dtype)]
     parts = gradient.split([a.shape[dim] for a in adapters], dim)
-    return [torch.empty(a.shape, dtype=a.dtype, device=a.device).copy_(part) for part, a in zip(parts, adapters)]
+    pairs = zip(parts, adapters, strict=True)
+    return [part.to(a.dtype, copy=True, memory_format=torch.contiguous_format) for part, a in pairs]
 
 
 def partial(count, shape, x):
@@ -146,7 +150,7 @@ def objection(*args):
     if x.is_cuda and torch.version.hip:
         return "triton: the tiles are chosen for NVIDIA GPUs and were never tried on an AMD GPU"
     if not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
-        return f"triton: needs an NVIDIA GPU, the input is on {x.device} (on a CPU only under TRITON_INTERPRET=1, for tests)"
+        return f"triton: needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests), the input is on {x.device}"
     if x.is_cuda and device_of(x).arch < 80:
         return f"triton: needs compute capability 8.0, this GPU has {device_of(x).arch / 10}"
     for t in flat:

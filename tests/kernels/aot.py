@@ -2,7 +2,7 @@
 
     python tests/kernels/aot.py             print the table
     python tests/kernels/aot.py --check     fail where a figure is worse than kernels/resources.json says
-    python tests/kernels/aot.py --record    write the figures of this Triton version there, and the table in kernels/README.md
+    python tests/kernels/aot.py --record    write this Triton version's figures there and in kernels/README.md
 
 What is compiled is what the launchers launch: they run on meta tensors and the launches are caught on their way.
 """
@@ -17,18 +17,24 @@ from pathlib import Path
 
 import torch
 import triton
-from fastlora.kernels import expand, linear, shrink, tile
 from fastlora.kernels import dropout as dropout_module
+from fastlora.kernels import expand, linear, shrink, tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "kernels" / "resources.json"
+README = ROOT / "kernels" / "README.md"
+MARKS = ("<!-- resources -->", "<!-- end of resources -->")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 VERSION = ".".join(triton.__version__.split(".")[:2])
 SHARED_LIMIT = {80: 166912, 90: 232448}
-# What must not grow. Of "wait" (how many wgmma groups stay in flight in the K loop) more is better.
+# The exit status of --check under a Triton version that nobody recorded.
+UNRECORDED = 3
+# What must not grow, and what must not shrink: the wgmma groups in flight in the K loop, and the asynchronous copies;
+# both fall to nothing, without an error, when a change undoes the pipelining.
 COSTS = ("registers", "spills", "shared")
+GAINS = ("wait", "copies")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 
 
@@ -50,9 +56,14 @@ def calls():
     def backward(M, K=4096, N=4096, R=16, dtype=torch.bfloat16, adapters=None, gates=False, p=0.0):
         a, b = meta(R, K, dtype=adapters or dtype), meta(N, R, dtype=adapters or dtype)
         g = meta(M, R, dtype=torch.float32) if gates else None
-        x, w, dy, z = meta(M, K, dtype=dtype), meta(N, K, dtype=dtype), meta(M, N, dtype=dtype), meta(M, R, dtype=torch.float32)
-        needs = [True, False, True, True, False, False, False, False]
-        return linear.lora_linear_backward(dy, x, w, [a], [b], scaling, g, [], None, p, seed if p else None, z, None, needs)
+        x, w, dy = meta(M, K, dtype=dtype), meta(N, K, dtype=dtype), meta(M, N, dtype=dtype)
+        z, needs = meta(M, R, dtype=torch.float32), [True, False, True, True, False, False, False, False]
+        s = seed if p else None
+        return linear.lora_linear_backward(dy, x, w, [a], [b], scaling, g, [], None, p, s, z, None, needs)
+
+    def expanded(M, dtype=torch.bfloat16):
+        y, z, b = meta(M, 4096, dtype=dtype), meta(M, 16, dtype=torch.float32), meta(4096, 16, dtype=dtype)
+        return expand.lora_expand(y, z, [b], scaling, None, [], [])
 
     fp32 = torch.float32
     return {
@@ -72,10 +83,8 @@ def calls():
         "backward M=512 fp32 dropout": lambda: backward(512, dtype=fp32, p=0.1),
         "backward M=512": lambda: backward(512),
         "backward M=16": lambda: backward(16),
-        "expand M=8192": lambda: expand.lora_expand(meta(8192, 4096), meta(8192, 16, dtype=fp32), [meta(4096, 16)], scaling, None, [], []),
-        "expand M=16 fp32": lambda: expand.lora_expand(
-            meta(16, 4096, dtype=fp32), meta(16, 16, dtype=fp32), [meta(4096, 16, dtype=fp32)], scaling, None, [], []
-        ),
+        "expand M=8192": lambda: expanded(8192),
+        "expand M=16 fp32": lambda: expanded(16, fp32),
         "shrink_backward M=8192 dropout": lambda: shrink.lora_shrink_backward(
             meta(8192, 16, dtype=fp32), meta(8192, 4096), [meta(16, 4096)], 0.1, seed, [True, True]
         ),
@@ -117,7 +126,8 @@ def source(kernel, arguments):
         aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
         if aligned and signature[name] != "constexpr":
             attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes), repr((kernel.fn.__name__, signature, constants, attributes))
+    key = repr((kernel.fn.__name__, signature, constants, attributes))
+    return ASTSource(kernel, signature, constants, attributes), key
 
 
 def figures(compiled):
@@ -154,30 +164,55 @@ def measure(arch):
 
 def complaints(table, recorded):
     """Sentences for what is worse than recorded, or cannot run at all."""
-    found = []
+    found = [f"{label}: is recorded, but not launched" for label in recorded.keys() - table.keys()]
     for label, now in table.items():
         arch = int(label[3:5])
         if now["shared"] > SHARED_LIMIT[arch]:
             found.append(f"{label}: {now['shared']} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
         then = recorded.get(label)
         if then is None:
-            found.append(f"{label}: not in {RECORD.name}; python tests/kernels/aot.py --record")
+            found.append(f"{label}: is not in {RECORD.name}: python tests/kernels/aot.py --record")
             continue
         found += [f"{label}: {cost} {then[cost]} -> {now[cost]}" for cost in COSTS if now[cost] > then[cost]]
-        found += [f"{label}: {gain} {then[gain]} -> {now[gain]}" for gain in ("wait", "copies") if now[gain] < then[gain]]
+        found += [f"{label}: {gain} {then[gain]} -> {now[gain]}" for gain in GAINS if now[gain] < then[gain]]
     return found
 
 
+def write_table(every):
+    """The README's table: registers · spills · shared KiB · wait, for each Triton version."""
+    versions = sorted(every)
+    lines = ["| launch | " + " | ".join(f"Triton {v}" for v in versions) + " |", "|" + "---|" * (1 + len(versions))]
+    for label in sorted(set().union(*every.values())):
+        cells = [every[v].get(label) for v in versions]
+        cells = [c and f"{c['registers']} · {c['spills']} · {c['shared'] // 1024} · {c['wait']}" or "" for c in cells]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    head, _, rest = README.read_text().partition(MARKS[0])
+    tail = rest.partition(MARKS[1])[2]
+    README.write_text(f"{head}{MARKS[0]}\n" + "\n".join(lines) + f"\n{MARKS[1]}{tail}")
+
+
+def record(every):
+    """One line a launch."""
+    parts = []
+    for version, table in sorted(every.items()):
+        rows = ",\n".join(f"  {json.dumps(label)}: {json.dumps(row)}" for label, row in sorted(table.items()))
+        parts.append(f' "{version}": {{\n{rows}\n }}')
+    RECORD.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    write_table(every)
+
+
 def main(arguments):
+    every = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if "--check" in arguments and VERSION not in every:
+        print(f"Triton {VERSION} is not in {RECORD.name}: python tests/kernels/aot.py --record")
+        return UNRECORDED
     with ProcessPoolExecutor(2) as pool:
         table = {label: row for part in pool.map(measure, (80, 90)) for label, row in part.items()}
-    every = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    if "--record" in arguments:
-        RECORD.write_text(json.dumps({**every, VERSION: table}, indent=1, sort_keys=True) + "\n")
-        return 0
     for label, row in table.items():
         print(f"{label:72} " + "  ".join(f"{k}={v}" for k, v in row.items()))
-    found = complaints(table, every.get(VERSION, {})) if "--check" in arguments else []
+    if "--record" in arguments:
+        record({**every, VERSION: table})
+    found = complaints(table, every[VERSION]) if "--check" in arguments else []
     print("\n".join(found))
     return bool(found)
 

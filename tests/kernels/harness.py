@@ -46,7 +46,7 @@ def strided(t):
 
 def problem(lead, K, N, ranks=(16,), dtype=torch.bfloat16, adapters=None, gates=None, bias=False, column_scale=False,
             p=0.0, layout="plain", grouped=False, seed=0):  # fmt: skip
-    """Random arguments of lora_linear. gates: None, "row" (E,), "token" (…, E); layout: plain, transposed W, strided all."""
+    """Random arguments of lora_linear. gates: None, "row" (E,), "token" (…, E); layout: plain, transposed, strided."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(*shape, to=dtype, by=1.0):
@@ -88,7 +88,7 @@ def to_device(value):
 
 
 def cast(call, dtype):
-    """The call with every float in `dtype` and gradients on; adapters are rounded to x's type first, as the kernels do."""
+    """The call with every float in `dtype` and gradients on; adapters are rounded to x's type first, as in the op."""
     low = call.x.dtype
 
     def leaf(t, first=None):
@@ -97,11 +97,7 @@ def cast(call, dtype):
     out = SimpleNamespace(**vars(call))
     for name in NAMES:
         value = getattr(call, name)
-        if isinstance(value, list):
-            value = [leaf(t, low) for t in value]
-        else:
-            value = leaf(value)
-        setattr(out, name, value)
+        setattr(out, name, [leaf(t, low) for t in value] if isinstance(value, list) else leaf(value))
     return out
 
 
@@ -130,4 +126,5 @@ def linear(c):
 def gradients(c, y, dy):
     """name → gradient of every float argument of the call."""
     y.backward(dy.to(y.dtype))
-    return {n: [t.grad for t in v] if isinstance(v, list) else v.grad for n in NAMES if (v := getattr(c, n)) is not None}
+    leaves = {name: getattr(c, name) for name in NAMES if getattr(c, name) is not None}
+    return {name: [t.grad for t in v] if isinstance(v, list) else v.grad for name, v in leaves.items()}

@@ -1,8 +1,8 @@
 """Makes Triton's interpreter compute in bfloat16 as a GPU does. Import before the kernels, under TRITON_INTERPRET=1.
 
-The interpreter (Triton 3.6 to 3.9) keeps bfloat16 as its raw 16 bits and multiplies those as integers, without a word, and
-cuts float32 off where the hardware rounds to nearest even. Here every float operation sees float32 values instead. Triton
-3.6 with NumPy 2.4 also cannot loop to a run-time bound.
+The interpreter (Triton 3.6 to 3.9) keeps bfloat16 as its raw 16 bits and multiplies those as integers, without a word,
+and cuts float32 off where the hardware rounds to nearest even. Here every float operation sees float32 values instead.
+Triton 3.6 with NumPy 2.4 also cannot loop to a run-time bound.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 BINARY = ("fadd", "fsub", "fmul", "fdiv", "minnumf", "maxnumf", "minimumf", "maximumf")
-COMPARE = [f"fcmp{kind}" for kind in ("OLT", "OGT", "OLE", "OGE", "OEQ", "ULT", "UGT", "ULE", "UGE", "UEQ", "ONE", "UNE")]
+COMPARE = [f"fcmp{ordered}{kind}" for ordered in "OU" for kind in ("LT", "GT", "LE", "GE", "EQ", "NE")]
 UNARY = ("exp", "exp2", "log", "log2", "sin", "cos", "sqrt", "rsqrt", "fabs", "floor", "ceil", "fma")
 
 

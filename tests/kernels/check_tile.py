@@ -1,0 +1,52 @@
+"""What is decided on the host: objections, tiles, the order of sums."""
+
+import pytest
+import torch
+import triton
+from fastlora.kernels import config, linear, tile
+
+
+def test_objections(monkeypatch):
+    x, scaling = torch.zeros(2, 3), torch.tensor(1.0, dtype=torch.float64)
+    assert tile.objection(x, [x], scaling, None, 0.5) is None
+    assert "float64" in tile.objection(x.double(), [x])
+    assert "float64" in tile.objection(x, [x.double()])
+    assert "meta" in tile.objection(x, [x, x.to("meta")])
+    assert "meta" in tile.objection(x, [x], 0.5, torch.empty((), dtype=torch.int64, device="meta"))
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert "3.5.1" in tile.objection(x)
+    monkeypatch.undo()
+    monkeypatch.setattr(tile, "INTERPRETED", False)
+    assert "GPU" in linear.lora_linear_forward_objection(x, x, [x], [x], scaling, None, None, [], None, 0.0, None)
+
+
+@pytest.mark.parametrize("arch,shared", [(80, 166912), (86, 101376), (90, 232448), (100, 232448), (120, 101376)])
+@pytest.mark.parametrize("M", [1, 16, 17, 64, 65, 512, 8192])
+@pytest.mark.parametrize("N", [1, 576, 4096, 14336])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_fit(M, N, itemsize, arch, shared):
+    """The pipeline of the GEMM's operands fits in the shared memory of a block."""
+    c = config.linear(M, N, itemsize, arch, 132)
+    assert c.stages * (c.BM + c.BN) * c.BK * itemsize <= shared
+    assert 128 * 32 * c.warps >= c.BM * c.BN
+
+
+@pytest.mark.parametrize("programs,steps", [(1, 1), (1, 1000), (32, 64), (500, 64), (3, 2)])
+def test_splits(programs, steps):
+    count = config.splits(programs, steps, 132)
+    assert 1 <= count <= min(32, steps)
+    assert count == 1 or programs < 264
+    # Every part has something to add.
+    assert (count - 1) * config.cdiv(steps, count) < steps
+    assert programs * count >= min(132, programs * min(32, steps) / 2)
+
+
+@pytest.mark.parametrize("R,block", [(0, 0), (1, 16), (16, 16), (17, 32), (64, 64), (65, 64)])
+def test_rank_block(R, block):
+    assert config.rank_block(R) == block
+
+
+def test_threshold():
+    assert tile.threshold(0.5) == (32768, 2.0)
+    assert tile.threshold(1.0) == (65536, 0.0)
+    assert tile.threshold(1e-9) == (0, 1.0)
