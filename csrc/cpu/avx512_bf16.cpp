@@ -1,0 +1,40 @@
+// bfloat16 through vdpbf16ps; the other types are in avx512.cpp.
+// flags: -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma -mf16c -mprefer-vector-width=512
+#include "cpu.h"
+#ifdef __AVX512BF16__
+#include <time.h>
+#define DOT_BF16
+#include "avx512.inc.h"
+namespace fastlora::cpu {
+namespace {
+int64_t now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000000000ll + t.tv_nsec;
+}
+// Ten chains: more than the latency of either instruction, and they fit the registers.
+template <bool dot>
+int64_t chains(int n) {
+  __m512 acc[10], x = _mm512_set1_ps(0);
+  for (auto& a : acc) a = x;
+  int64_t start = now();
+  for (int i = 0; i < n; i++) {
+    UNROLL
+    for (auto& a : acc) {
+      a = dot ? _mm512_dpbf16_ps(a, (__m512bh)x, (__m512bh)x) : _mm512_fmadd_ps(x, x, a);
+      asm volatile("" : "+v"(a));   // or the compiler folds the chain
+    }
+  }
+  return now() - start;
+}
+}  // namespace
+const Kernels* avx512_bf16() { return &table; }
+void probe_bf16(int n, int64_t* dot, int64_t* fma) {
+  *dot = chains<true>(n);
+  *fma = chains<false>(n);
+}
+}  // namespace fastlora::cpu
+#else
+const fastlora::cpu::Kernels* fastlora::cpu::avx512_bf16() { return nullptr; }
+void fastlora::cpu::probe_bf16(int, int64_t* dot, int64_t* fma) { *dot = *fma = 1; }
+#endif

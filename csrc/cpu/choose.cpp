@@ -1,0 +1,114 @@
+// Which instruction set and which form: from what the CPU can do, the type and the shape, nothing else.
+#include "choose.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace fastlora::cpu {
+namespace {
+
+const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+bool runs(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case kAvx512:
+      return runs(kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case kAvx512Bf16:
+      return runs(kAvx512) && __builtin_cpu_supports("avx512bf16");
+    default:
+      break;
+  }
+#endif
+  return isa == kPortable;
+}
+
+const Kernels* kernels(Isa isa) {
+  if (!runs(isa)) return nullptr;
+#if defined(__x86_64__)
+  if (isa != kPortable) return isa == kAvx2 ? avx2() : isa == kAvx512 ? avx512() : avx512_bf16();
+#endif
+  return portable();
+}
+
+// vdpbf16ps does two steps where FMA on split halves needs two instructions and a shift or mask; some CPUs run it at
+// half rate, and then splitting wins.
+bool fast_bf16() {
+#if !defined(__x86_64__)
+  return false;
+#else
+  int64_t best_dot = INT64_MAX, best_fma = INT64_MAX;
+  for (int i = 0; i < 5; i++) {
+    int64_t dot, fma;
+    probe_bf16(2000, &dot, &fma);
+    best_dot = dot < best_dot ? dot : best_dot;
+    best_fma = fma < best_fma ? fma : best_fma;
+  }
+  return best_dot * 2 < best_fma * 3;
+#endif
+}
+
+Cpu detect() {
+  Cpu cpu{};
+#if defined(__x86_64__)
+  cpu.intel = __builtin_cpu_is("intel");
+#endif
+  const char* pin = std::getenv("FASTLORA_CPU");
+  std::string name = pin ? pin : "";
+  if (name == "composed") {
+    cpu.composed = true;
+    name.clear();
+  }
+  Isa isa = kPortable;
+  for (int i = 0; i < kIsaCount; i++)
+    if (kernels(Isa(i))) isa = Isa(i);
+  bool pinned = !name.empty();
+  if (pinned) {
+    isa = kIsaCount;
+    for (int i = 0; i < kIsaCount; i++)
+      if (name == kNames[i]) isa = Isa(i);
+    if (isa == kIsaCount || !kernels(isa))
+      throw std::runtime_error("FASTLORA_CPU=" + name + ": expected portable, avx2, avx512, avx512_bf16 or composed, " +
+                               (isa == kIsaCount ? "and this is none of them" : "and this CPU or build lacks it"));
+  }
+  bool dot = isa == kAvx512Bf16 && (pinned || fast_bf16());
+  Isa base = isa == kAvx512Bf16 ? kAvx512 : isa;
+  cpu.table[kFloat] = cpu.table[kHalf] = kernels(base);
+  cpu.table[kBFloat16] = dot ? kernels(kAvx512Bf16) : kernels(base);
+  cpu.dot_bf16 = dot;
+  cpu.isa = dot ? kAvx512Bf16 : base;
+  cpu.name = kNames[cpu.isa];
+  return cpu;
+}
+
+}  // namespace
+
+const Cpu& cpu() {
+  static const Cpu facts = detect();
+  return facts;
+}
+
+Form choose(const Shape& s, const Cpu& cpu) {
+  if (s.w_along_k && s.M <= 32 && !s.masked) return kDot;
+  if (!s.w_along_k && s.M <= 4) return kDirect;
+  return kPacked;
+}
+
+int64_t scratch_bytes(const Gemm& p) {
+  int64_t factors = p.R * kGroup * 4, tiles = 16 * (p.R + kSteps + 16 + 2 * kGroup) * 4;
+  int64_t w = kSteps * kGroup * 4, sums = kRows * kGroup * 4, direct = 4 * (p.R + p.K + kGroup + 64) * 4;
+  int64_t padded = p.R + 16 * p.adapters;
+  int64_t dot = kDotRows * (padded + p.R + 2 * 8 * 16) * 4 + 8 * padded * 4 + (p.a ? p.R * (p.K + 32) * 2 : 0);
+  return factors + tiles + w + sums + direct + dot + 4096;
+}
+int64_t scratch_bytes(const Shrink& p) { return kDotRows * 8 * 64 + p.R * (p.K + 32) * 2 + 16 * (p.K + 64) * 4 + 4096; }
+int64_t scratch_bytes(const Reduce& p, int64_t rows) {
+  int64_t padded = p.R + 16;
+  return (2 * rows * padded + 128 * padded + 8 * 64 + 128 + 1024) * 4 + 4096;
+}
+int64_t scratch_bytes(const Outer& p) { return (64 * kGroup + (p.R + 16) * (kGroup + 64)) * 4 + 4096; }
+
+}  // namespace fastlora::cpu

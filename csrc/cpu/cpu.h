@@ -1,0 +1,128 @@
+// The CPU kernels' own border: plain structs and one table of functions per instruction set, no torch. Letters as in the
+// formula: x [M, K], w, a [R, K], b [N, R], z [M, R], g (gates). Functions and inline code do not belong here: every
+// instruction-set file includes this header, and the linker keeps one copy of an inline function for everyone.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fastlora::cpu {
+
+enum Type { kFloat, kBFloat16, kHalf };
+
+// One adapter's matrix. f(n, r) is data[n * ld + r] when along_rank, else data[r * ld + n]: b and a serve both ways.
+struct Factor {
+  const void* data;
+  Type type;
+  int64_t rank, ld;
+  bool along_rank;
+};
+
+// g[m, r] is rows[m * stride + r], or the scalar where rows is null.
+struct Gates {
+  float scalar;
+  const float* rows;
+  int64_t stride;
+};
+
+// Philox dropout: element (m, k) of a matrix with `width` columns is kept where its 16-bit lane is >= threshold.
+struct Mask {
+  uint64_t seed;
+  uint32_t threshold;
+  float scale;
+  int64_t width;
+};
+
+// y[m, n] = c[n] (sum_k x[m, k] w(n, k) + D(sum_r z[m, r] g[m, r] f(n, r)) + add[m, n]) + bias[n];  u = y before c, bias
+struct Gemm {
+  Type type;
+  int64_t M, N, K, R;
+  const void* x;
+  int64_t ldx;
+  const void* w;
+  int64_t ldw;
+  bool w_along_k;    // w(n, k) is w[n * ldw + k], else w[k * ldw + n]
+  int adapters;
+  const Factor* a;   // each thread computes z = x aT for itself; null: z is given
+  const Factor* f;
+  const float* z;
+  float* z_out;      // where the first thread leaves z; may be null
+  Gates g;
+  Mask mask;
+  const void* add;
+  int64_t ldadd;
+  void* y;
+  int64_t ldy;
+  void* u;
+  const float* c;
+  const void* bias;
+};
+
+// z[m, r] = D(x) aT
+struct Shrink {
+  Type type;
+  int64_t M, K, R;
+  const void* x;
+  int64_t ldx;
+  int adapters;
+  const Factor* a;
+  Mask mask;
+  float* z;
+};
+
+// One read of dy: t = dy b, db = (z g)T dy, dbias = sum dy. Slice s of the rows leaves its sums of db and dbias in its own
+// buffer; they are added in the order of s. Null: not wanted.
+struct Reduce {
+  Type type;
+  int64_t M, N, R;
+  const void* dy;
+  int64_t lddy;
+  int adapters;
+  const Factor* b;
+  const float* z;
+  Gates g;
+  float* t;       // [M, R]
+  float* db;      // [slices, N, R]
+  float* dbias;   // [slices, N]
+};
+
+// da[r, k] = sum_m t[m, r] g[m, r] D(x)[m, k]
+struct Outer {
+  Type type;
+  int64_t M, K, R;
+  const float* t;
+  Gates g;
+  const void* x;
+  int64_t ldx;
+  Mask mask;
+  float* da;
+};
+
+enum Form { kDot, kDirect, kPacked, kVendor };
+
+constexpr int kGroup = 128;     // columns of w packed together: one read of an x tile serves them
+constexpr int kSteps = 512;     // steps of the summed axis per block
+constexpr int kRows = 768;      // rows of y per block of partial sums: a multiple of every row tile
+constexpr int kTileRows = 12;   // the tallest row tile
+constexpr int kDotRows = 64;    // rows of x per block of the dot form
+
+struct Kernels {
+  void (*gemm)(const Gemm&, Form, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch);
+  void (*shrink)(const Shrink&, int64_t m0, int64_t m1, char* scratch);
+  void (*reduce)(const Reduce&, int64_t m0, int64_t m1, int64_t slice, char* scratch);
+  void (*outer)(const Outer&, int64_t k0, int64_t k1, char* scratch);
+  void (*dropout)(Type, const void* x, void* y, int64_t n, int64_t i, const Mask&);   // one row, from element i of the mask
+  int tile_columns;   // n0 and n1 are multiples of it, except N itself
+};
+
+enum Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kIsaCount };
+
+// null where the build lacks the instruction set
+const Kernels* portable();
+const Kernels* avx2();
+const Kernels* avx512();
+const Kernels* avx512_bf16();   // bfloat16 only; the rest is avx512's
+
+// nanoseconds of n steps of vdpbf16ps and of fp32 FMA in ten independent chains
+void probe_bf16(int n, int64_t* dot, int64_t* fma);
+
+}  // namespace fastlora::cpu

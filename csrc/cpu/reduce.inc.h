@@ -1,0 +1,128 @@
+// The sums over rows: dy's single pass, and da.
+
+constexpr int kColumns = 64;   // columns of dy per block: the blocks of dy, b and db stay in the first-level cache
+constexpr int kReduceRows = VL == 16 ? 8 : 4;
+
+// t[i, :] += d[i, n] b[n, :] and db[n, :] += d[i, n] zg[i, :] for one tile of rows
+template <int MR, bool DB>
+INLINE void reduce_tile(const float* d, const float* b, float* db, const float* zg, float* t, int64_t R, int64_t columns) {
+  for (int64_t r = 0; r < R; r += VL) {
+    vf ts[MR], zs[MR];
+    UNROLL
+    for (int i = 0; i < MR; i++) ts[i] = load(t + i * R + r), zs[i] = load(zg + i * R + r);
+    for (int64_t n = 0; n < columns; n++) {
+      vf bs = load(b + n * R + r), sum = DB ? load(db + n * R + r) : vf{};
+      UNROLL
+      for (int i = 0; i < MR; i++) {
+        float s = d[i * kColumns + n];
+        ts[i] += bs * s;
+        if (DB) sum += zs[i] * s;
+      }
+      if (DB) store(db + n * R + r, sum);
+    }
+    UNROLL
+    for (int i = 0; i < MR; i++) store(t + i * R + r, ts[i]);
+  }
+}
+
+template <class T>
+struct Reducing {
+  const Reduce& p;
+  int64_t R, m0;             // R padded to whole vectors
+  float *t, *zg, *b, *db, *d, *dbias;
+
+  Reducing(const Reduce& p, int64_t m0, int64_t m1, Scratch& s) : p(p), R(round_up(p.R, VL)), m0(m0) {
+    int64_t rows = m1 - m0;
+    t = s.take<float>(rows * R);
+    zg = s.take<float>(rows * R);
+    b = s.take<float>(kColumns * R);
+    db = s.take<float>(kColumns * R);
+    d = s.take<float>(kReduceRows * kColumns);
+    dbias = s.take<float>(kColumns);
+    for (int64_t i = 0; i < rows * R; i += VL) store(t + i, vf{}), store(zg + i, vf{});
+    for (int64_t m = m0; m < m1; m++)
+      for (int64_t r = 0; p.z && r < p.R; r++) zg[(m - m0) * R + r] = p.z[m * p.R + r] * gate(p.g, m, r);
+  }
+  void start(int64_t n, int64_t columns) {
+    for (int64_t i = 0; i < kColumns * R; i += VL) store(db + i, vf{}), store(b + i, vf{});
+    for (int64_t i = 0; i < kColumns; i += VL) store(dbias + i, vf{});
+    for (int64_t j = 0; j < columns; j++) {
+      float* out = b + j * R;
+      for (int e = 0; e < p.adapters; e++) {
+        const Factor& f = p.b[e];
+        for (int64_t r = 0; r < f.rank; r += VL)
+          store_upto(out + r, factor_part<T>(f, (n + j) * f.ld + r, f.rank - r), f.rank - r);
+        out += f.rank;
+      }
+    }
+  }
+  void read(int64_t m, int64_t rows, int64_t n, int64_t columns) {
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t j = 0; j < columns; j += VL) {
+        vf v = load_upto((const T*)p.dy + (m + i) * p.lddy + n + j, columns - j);
+        if (p.dbias) store(dbias + j, load(dbias + j) + v);
+        store(d + i * kColumns + j, v);
+      }
+  }
+  template <int MR>
+  void tile(int64_t m, int64_t n, int64_t columns) {
+    read(m, MR, n, columns);
+    float *z = zg + (m - m0) * R, *to = t + (m - m0) * R;
+    p.db ? reduce_tile<MR, true>(d, b, db, z, to, R, columns) : reduce_tile<MR, false>(d, b, db, z, to, R, columns);
+  }
+  void finish(int64_t n, int64_t columns, int64_t slice) {
+    for (int64_t j = 0; p.db && j < columns; j++)
+      __builtin_memcpy(p.db + ((slice * p.N + n + j) * p.R), db + j * R, p.R * sizeof(float));
+    if (p.dbias) __builtin_memcpy(p.dbias + slice * p.N + n, dbias, columns * sizeof(float));
+  }
+};
+
+template <class T>
+void reduce_rows(const Reduce& p, int64_t m0, int64_t m1, int64_t slice, Scratch s) {
+  Reducing<T> job(p, m0, m1, s);
+  for (int64_t n = 0; n < p.N; n += kColumns) {
+    int64_t columns = min(kColumns, p.N - n), m = m0;
+    job.start(n, columns);
+    for (; m + kReduceRows <= m1; m += kReduceRows) job.template tile<kReduceRows>(m, n, columns);
+    for (; m + 2 <= m1; m += 2) job.template tile<2>(m, n, columns);
+    for (; m < m1; m++) job.template tile<1>(m, n, columns);
+    job.finish(n, columns, slice);
+  }
+  for (int64_t m = m0; p.t && m < m1; m++)
+    __builtin_memcpy(p.t + m * p.R, job.t + (m - m0) * job.R, p.R * sizeof(float));
+}
+
+// da's columns k0 .. k1: blocks of x become fp32 (and lose what dropout drops), then meet all rows of dz
+template <class T>
+void outer_columns(const Outer& p, int64_t k0, int64_t k1, Scratch s) {
+  constexpr int64_t depth = 64;
+  constexpr int MR = kTall / 3 * 2;
+  int64_t padded = round_up(p.R, MR);
+  float *block = s.take<float>(depth * kGroup), *sums = s.take<float>(padded * kGroup), *dz = s.take<float>(padded * depth);
+  for (int64_t k = k0; k < k1; k += kGroup) {
+    int64_t columns = min(kGroup, k1 - k);
+    for (int64_t i = 0; i < padded * kGroup; i += VL) store(sums + i, vf{});
+    for (int64_t m = 0; m < p.M; m += depth) {
+      int64_t rows = min(depth, p.M - m);
+      for (int64_t i = 0; i < rows; i++) {
+        const T* x = (const T*)p.x + (m + i) * p.ldx + k;
+        if (p.mask.threshold) {
+          keep_row(x, block + i * kGroup, columns, (m + i) * p.mask.width + k, p.mask, p.mask.scale);
+        } else {
+          for (int64_t c = 0; c < columns; c += VL) store(block + i * kGroup + c, load_upto(x + c, columns - c));
+        }
+      }
+      for (int64_t r = 0; r < padded; r++)
+        for (int64_t i = 0; i < rows; i++) dz[r * depth + i] = r < p.R ? p.t[(m + i) * p.R + r] * gate(p.g, m + i, r) : 0;
+      for (int64_t r = 0; r < padded; r += MR)
+        for (int64_t c = 0; c < columns; c += kPanel) {
+          vf acc[MR][2];
+          float* sum = sums + r * kGroup + c;
+          for (int i = 0; i < MR; i++) acc[i][0] = load(sum + i * kGroup), acc[i][1] = load(sum + i * kGroup + VL);
+          row_tile<Rows<float>, MR, 2>(dz + r * depth, depth, block + c, kGroup, rows, acc);
+          for (int i = 0; i < MR; i++) store(sum + i * kGroup, acc[i][0]), store(sum + i * kGroup + VL, acc[i][1]);
+        }
+    }
+    for (int64_t r = 0; r < p.R; r++) __builtin_memcpy(p.da + r * p.K + k, sums + r * kGroup, columns * sizeof(float));
+  }
+}
