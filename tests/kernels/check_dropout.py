@@ -1,9 +1,12 @@
 """Dropout's mask, bit for bit, against Philox written in NumPy."""
 
 import harness
+import numpy as np
 import pytest
 import torch
-from fastlora.kernels import dropout, shrink
+import triton
+import triton.language as tl
+from fastlora.kernels import dropout, shrink, tile
 
 
 def test_numpy_philox():
@@ -42,3 +45,25 @@ def test_mask_in_the_products(K):
     dx, da = shrink.lora_shrink_backward(dz, x, [eye], p, seed, [True, True])
     torch.testing.assert_close(dx.cpu(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(da[0].cpu(), expected.sum(0).expand(K, K), rtol=1e-5, atol=0)
+
+
+@triton.jit
+def _far_kernel(seed, out, row, width, BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr):
+    keep = tile.kept(tl.load(seed), row + tl.arange(0, BM).to(tl.int64), 8, width, 20000, BM, BN, ALIGNED)
+    place = out + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    tl.store(place, keep.to(tl.int8))
+
+
+@pytest.mark.parametrize("width", [4096, 4097])
+def test_far_elements(width):
+    """Elements beyond 2**35, whose counters need both words."""
+    row, seed = 2**31 - 100, 2**40 + 3
+    out = harness.to_device(torch.full((4, 16), -1, dtype=torch.int8))
+    arguments = (harness.to_device(torch.tensor(seed)), out, row, width)
+    tile.launch(_far_kernel, (1,), out, *arguments, BM=4, BN=16, ALIGNED=width % 8 == 0)
+    element = np.arange(row, row + 4)[:, None] * width + 8 + np.arange(16)
+    words = harness.philox(seed, element.ravel() // 8)
+    lane = element.ravel() % 8
+    halves = words[np.arange(64), lane // 2] >> (16 * (lane % 2)).astype(np.uint32) & 0xFFFF
+    assert element.min() // 8 > 2**32
+    assert torch.equal(out.cpu().bool(), torch.from_numpy((halves >= 20000).reshape(4, 16)))
