@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import nn
 
-from fastlora.nn.fastpath import is_read_past_forward, refuse_read_past_forward, update_fast_paths
+from fastlora.nn.fastpath import check_called, is_called, update_fast_paths
 from fastlora.nn.layer import LoRALayer, check_adapter
 from fastlora.nn.linear import DenseLoRA, OpaqueLoRA, lora_class
 from fastlora.nn.switch import turned_off
@@ -28,22 +28,21 @@ def register_linear(cls, fan_in_fan_out=False):
     _dense_types[cls] = fan_in_fan_out
 
 
-def lora_layers(model, least=1):
-    """{name: layer} of the layers with an adapter; ValueError when there are fewer than `least`."""
+def lora_layers(model):
+    """{name: layer} of the layers with an adapter; ValueError when there is none."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer) and m.r}
-    check.value(len(layers) >= least, "model", f"a {type(model).__name__} without LoRA layers", "an injected model")
+    check.value(layers, "model", f"a {type(model).__name__} without LoRA layers", "an injected model")
     return layers
 
 
 def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-linear", dtype=None):
     """Give linear layers of `model` adapters, in place, and freeze everything else: y = x Wᵀ + bias + s (D(x) Aᵀ) Bᵀ.
 
-    The existing modules change their class, so hooks, device maps, tied weights and state-dict keys stay; B is zero, so
-    the outputs stay. s = lora_alpha / r, `lora_alpha` defaults to r. `target_modules`: "all-linear" (all but the output
-    head), a name, suffix or regular expression of whole names, or a list of names and suffixes. Adapters are float32
-    (float64 on a float64 base) unless `dtype` says otherwise. Layers without a dense weight keep their own forward.
-    Returns the model. Raises ValueError: a target without a match, a model injected before, a layer whose forward would
-    be passed by.
+    The modules change their class and stay the same objects: hooks, device maps, ties and base keys stay, and so do the
+    outputs, as B is zero. s = lora_alpha / r; `lora_alpha` defaults to r. `target_modules`: "all-linear" (all but the
+    output head), a name, suffix or regular expression of whole names, or a list of names and suffixes. Adapters are
+    float32 (float64 on a float64 base) unless `dtype` says otherwise. Returns the model. Raises ValueError: a target
+    without a match, a model injected before, a layer whose forward would be passed by.
     """
     lora_alpha = r if lora_alpha is None else lora_alpha
     names = find_targets(model, target_modules)
@@ -73,7 +72,10 @@ def find_targets(model, target_modules):
     linear = {name: m for name, m in modules.items() if linear_shape(m)}
     if target_modules == "all-linear":
         heads = {id(m.get_output_embeddings()) for m in modules.values() if hasattr(m, "get_output_embeddings")}
-        found = [name for name, m in linear.items() if id(m) not in heads and not _left_to_parent(name, modules)]
+        found = [name for name, m in linear.items() if id(m) not in heads]
+        for name in [name for name in found if not is_called(*_parent(name, modules))]:
+            found.remove(name)
+            warnings.warn(f"fastlora: {name} gets no adapter: its parent never calls it", stacklevel=3)
         check.value(found, "target_modules", f"'all-linear' on a {type(model).__name__}", "a model with linear layers")
     else:
         targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
@@ -112,22 +114,18 @@ def linear_shape(module):
     return shape if all(isinstance(size, int) for size in shape) else None
 
 
-def _left_to_parent(name, modules):
-    """Whether the module's parent reads its weight and never calls it."""
+def _parent(name, modules):
+    """The module that holds this one, and its name there."""
     parent, _, child = name.rpartition(".")
-    left = bool(child) and is_read_past_forward(modules[parent], child)
-    if left:
-        warnings.warn(f"fastlora: {name} gets no adapter: nn.MultiheadAttention reads its weight itself", stacklevel=5)
-    return left
+    return (modules[parent] if child else None), child
 
 
 def _check_module(name, modules):
     linear = name in modules and linear_shape(modules[name])
     check.value(linear, "target_modules", f"{name!r}", "the name of a linear layer of the model")
-    module, (parent, _, child) = modules[name], name.rpartition(".")
-    if child and is_read_past_forward(modules[parent], child):
-        refuse_read_past_forward(name)
-    weight, attributes = getattr(module, "weight", None), vars(module)
+    check_called(*_parent(name, modules), name)
+    module, attributes = modules[name], vars(modules[name])
+    weight = getattr(module, "weight", None)
     ready = not isinstance(weight, nn.UninitializedParameter) and not hasattr(weight, "device_mesh")
     check.value(ready, name, f"a {type(weight).__name__} as weight", "one that has a shape and is not yet sharded")
     hook = getattr(module, "_hf_hook", None)
@@ -158,7 +156,8 @@ def _change_class(module, cls):
 def _attach(module, r, lora_alpha, lora_dropout, dtype):
     base, weight, shape = type(module), module._parameters.get("weight"), linear_shape(module)
     like = next((t for t in (weight, *module.parameters(), *module.buffers()) if t is not None), torch.empty(0))
-    dense = base in _dense_types and type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() == 2
+    dense = base in _dense_types and type(weight) is nn.Parameter and weight.is_floating_point()
+    dense = dense and weight.layout == torch.strided and weight.dim() == 2
     _change_class(module, lora_class(DenseLoRA if dense else OpaqueLoRA, base))
     module.fan_in_fan_out = _dense_types.get(base, False)
     dtype = dtype or (torch.float64 if like.dtype == torch.float64 else torch.float32)
@@ -166,23 +165,29 @@ def _attach(module, r, lora_alpha, lora_dropout, dtype):
     module.reset_lora_parameters()
 
 
-def _detach(layer, weight=None):
-    """Make the layer its plain base again, with `weight` (out, in) if given."""
-    own = "lora_base" in vars(type(layer))
-    check.value(own, "model", f"a {type(layer).__name__}, a subclass made elsewhere", "fastlora's own layer classes")
-    transposed = layer.fan_in_fan_out and type(layer).lora_base is not nn.Linear
-    if weight is None and layer.fan_in_fan_out and not transposed:
-        weight = layer.weight.detach().t()
-    if weight is not None:
-        weight = weight.t().contiguous() if transposed else weight.contiguous()
-        layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-    for name in ("lora_A", "lora_B", "lora_dropout"):
-        layer._parameters.pop(name, None)
-        layer._modules.pop(name, None)
-    for name in ("r", "lora_alpha", "lora_dropout", "scaling", "fan_in_fan_out", "merged", "merge_weights",
-                 "_merged_copy", "_ran_off"):  # fmt: skip
-        vars(layer).pop(name, None)
-    _change_class(layer, type(layer).lora_base)
+def _make_plain(model, merged):
+    """Make every LoRA layer its base again, with W + ΔW as a new weight if `merged`."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    for cls in map(type, layers):
+        check.value("lora_base" in vars(cls), "model", f"a {cls.__name__}, a class made elsewhere", "fastlora's layers")
+    for layer in layers:
+        base, weight = type(layer).lora_base, None
+        if merged and layer.r:
+            weight = layer.merged_weight()
+        elif layer.fan_in_fan_out and base is nn.Linear:
+            weight = layer.base_weight().detach()
+        if weight is not None:
+            weight = weight if base is nn.Linear or not layer.fan_in_fan_out else weight.t()
+            layer.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
+        for name in ("lora_A", "lora_B", "lora_dropout"):
+            layer._parameters.pop(name, None)
+            layer._modules.pop(name, None)
+        for name in ("r", "lora_alpha", "lora_dropout", "scaling", "fan_in_fan_out", "merged", "merge_weights",
+                     "_merged_copy", "_ran_off"):  # fmt: skip
+            vars(layer).pop(name, None)
+        _change_class(layer, base)
+    update_fast_paths(model)
+    return model
 
 
 def merge(model, in_place=False):
@@ -202,9 +207,7 @@ def merge(model, in_place=False):
             layer.refresh()
         return model
     _untie(model, layers.values())
-    for layer in layers.values():
-        _detach(layer, layer.merged_weight())
-    return remove(model, least=0)
+    return _make_plain(model, merged=True)
 
 
 def _untie(model, layers):
@@ -224,14 +227,10 @@ def unmerge(model):
     return model
 
 
-def remove(model, least=1):
-    """Take the adapters out: plain torch modules with W as it always was. Returns the model."""
-    lora_layers(model, least)
-    for module in list(model.modules()):
-        if isinstance(module, LoRALayer):
-            _detach(module)
-    update_fast_paths(model)
-    return model
+def remove(model):
+    """Take the adapters out: plain torch modules with W as it always was, still frozen. Returns the model."""
+    lora_layers(model)
+    return _make_plain(model, merged=False)
 
 
 def merge_and_export(model):

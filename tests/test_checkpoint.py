@@ -133,12 +133,12 @@ def test_configs_that_mean_more_are_refused(change, message, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: t.update({"base_model.model.first.lora_magnitude_vector": torch.ones(8)}), "first.lora_magnitude_vector"),
+    (lambda t: t.update({"base_model.model.first.lora_magnitude_vector": torch.ones(8)}), "lora_magnitude_vector"),
     (lambda t: t.update({"base_model.model.gone.lora_A.weight": torch.ones(2, 2)}), "a Net without a linear 'gone'"),
     (lambda t: t.update({"base_model.model.inner.1.lora_A.weight": torch.ones(2, 4)}), "without a linear 'inner.1'"),
     (lambda t: t.update({"base_model.model.first.lora_A.weight": torch.ones(2, 5)}), r"first: got lora_A \(2, 5\)"),
     (lambda t: t.pop("base_model.model.first.lora_B.weight"), "first: got lora_A"),
-    (lambda t: t.update({"base_model.model.first.base_layer.weight": torch.ones(8, 6)}), "first.weight: got another value"),
+    (lambda t: t.update({"base_model.model.first.base_layer.weight": torch.ones(8, 6)}), "first.weight: got another"),
     (lambda t: t.clear(), "no lora_A"),
 ])  # fmt: skip
 def test_tensors_that_do_not_fit_are_refused(change, message, tmp_path):

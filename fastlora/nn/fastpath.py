@@ -34,20 +34,19 @@ def _turn(module, on):
             setattr(module, name, 0)
 
 
-def is_read_past_forward(parent, name):
-    """Whether `parent` reads the weight of its child `name` itself, without calling it."""
-    return isinstance(parent, nn.MultiheadAttention) and name == "out_proj"
+def is_called(parent, name):
+    """Whether `parent` calls its child of this name, and does not read its weight instead."""
+    return not (isinstance(parent, nn.MultiheadAttention) and name == "out_proj")
 
 
-def refuse_read_past_forward(name):
+def check_called(parent, name, full_name):
     got = "the out_proj of nn.MultiheadAttention, whose weight is read without calling the layer"
-    check.value(False, name, got, "another linear layer: an adapter there would have no effect")
+    check.value(is_called(parent, name), full_name, got, "another linear layer: an adapter there would have no effect")
 
 
 def _on_registration(parent, name, child):
     if isinstance(child, LoRALayer):
-        if is_read_past_forward(parent, name):
-            refuse_read_past_forward(name)
+        check_called(parent, name, name)
         _turn(parent, on=False)
 
 
