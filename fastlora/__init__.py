@@ -1,7 +1,45 @@
 """fastlora: LoRA at the speed of the base layer, from one adapter to thousands."""
 
 from fastlora.backends import use_backend
+from fastlora.checkpoint import load_adapter, lora_state_dict, save_adapter
+from fastlora.explain import explain
+from fastlora.model import (
+    disable_adapter,
+    enable_input_require_grads,
+    inject,
+    mark_only_lora_as_trainable,
+    merge,
+    merge_and_export,
+    print_trainable_parameters,
+    refresh,
+    remove,
+    set_scale,
+    unmerge,
+)
+from fastlora.nn import Linear, checkpoint_context
 from fastlora.ops import lora_expand, lora_linear, lora_shrink
 
 __version__ = "0.1.0"
-__all__ = ["lora_expand", "lora_linear", "lora_shrink", "use_backend"]
+__all__ = [
+    "Linear",
+    "checkpoint_context",
+    "disable_adapter",
+    "enable_input_require_grads",
+    "explain",
+    "inject",
+    "load_adapter",
+    "lora_expand",
+    "lora_linear",
+    "lora_shrink",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge",
+    "merge_and_export",
+    "print_trainable_parameters",
+    "refresh",
+    "remove",
+    "save_adapter",
+    "set_scale",
+    "unmerge",
+    "use_backend",
+]

@@ -53,8 +53,12 @@ def floating(name, t):
     kind(t.dtype in _FLOATS, name, t.dtype, "float32, bfloat16, float16 or float64")
 
 
-def dropout(p, seed, x):
+def probability(p):
     value(math.isfinite(p) and 0 <= p <= 1, "dropout_p", p, "a number from 0 to 1")
+
+
+def dropout(p, seed, x):
+    probability(p)
     if p > 0:
         value(seed is not None, "seed", None, "a 0-d int64 tensor when dropout_p > 0")
         kind(seed.dtype == torch.int64, "seed", seed.dtype, "torch.int64")

@@ -47,13 +47,11 @@ def lora_linear(
         ranks = implied
     if not isinstance(scaling, torch.Tensor):
         scaling = scalar(scaling)
-    if training and dropout_p:
-        if seed is None:
-            check.dropout(dropout_p, x.new_empty((), dtype=torch.int64), x)
-            seed = draw_seed(x)
-    else:
-        check.value(0 <= dropout_p <= 1, "dropout_p", dropout_p, "a number from 0 to 1")
+    check.probability(dropout_p)
+    if not training or dropout_p == 0:
         dropout_p, seed = 0.0, None
+    elif seed is None:
+        seed = draw_seed(x)
     return lora_linear_op(
         x, weight, lora_A, lora_B, scaling, bias, gates, () if ranks is None else ranks, column_scale, dropout_p, seed
     )

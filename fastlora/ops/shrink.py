@@ -17,11 +17,12 @@ def lora_shrink(x, lora_A, *, dropout_p=0.0, training=False, seed=None):
     mask is a function of `seed`, a 0-d int64 tensor on x's device, drawn from torch's generator when None.
     Raises ValueError or TypeError that names the argument. Source: Hu et al. 2021, arXiv 2106.09685.
     """
-    p = dropout_p if training else 0.0
-    if p and seed is None:
-        check.dropout(p, x.new_empty((), dtype=torch.int64), x)
+    check.probability(dropout_p)
+    if not training or dropout_p == 0:
+        dropout_p, seed = 0.0, None
+    elif seed is None:
         seed = draw_seed(x)
-    return lora_shrink_op(x, check.tensors("lora_A", lora_A), p, seed if p else None)
+    return lora_shrink_op(x, check.tensors("lora_A", lora_A), dropout_p, seed)
 
 
 def wide(x):
