@@ -1,8 +1,8 @@
 """Which implementations exist, which one runs a call, and why the others do not.
 
-`reference` (plain torch), `native` (C++: vectorised on a CPU, composed of ATen calls on CUDA) and `triton`. The first in
-a device's order that has no objection runs. Where `_C` is built its kernels on the CPU and CUDA keys are `native`: they run
-without asking here, unless another back-end is pinned.
+`reference` (plain torch), `native` (C++: vectorised on a CPU, composed of ATen calls on CUDA) and `triton`. The first
+in a device's order that has no objection runs. Where `_C` is built its kernels on the CPU and CUDA keys are `native`:
+they run without asking here, unless another back-end is pinned.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ _pinned = None
 
 
 def register(op, backend, implementation, objection=None):
-    """Make `implementation`, of the op's signature, the back-end's form of it; objection(*args) is None or a sentence."""
+    """The back-end's form of the op, with the op's signature; objection(*args) is None or a sentence."""
     _implementations[op, backend] = implementation, objection or _no_objection
 
 
 def register_verification(op, backend, verify):
-    """verify(implementation, *args), None or a sentence, is one more objection (it caches what it need not do twice)."""
+    """verify(implementation, *args), None or a sentence, is one more objection; it caches what it can."""
     _verifications[op, backend] = verify
 
 
@@ -117,7 +117,7 @@ def walk(op, *args):
 
 
 def kernel(op, check=None):
-    """The op's kernel where no C++ one runs: check the arguments, walk the back-ends, run the first without objection."""
+    """The op's kernel where no C++ one runs: it checks the arguments and runs the first back-end of the walk."""
 
     def run(*args):
         if check:

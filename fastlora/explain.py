@@ -9,7 +9,7 @@ from fastlora.nn.linear import DenseLoRA
 
 
 class Explanation:
-    """What `explain` found: `calls` holds (where, op, back-end or None, {back-end: objection or None}); str() tells it."""
+    """What `explain` found: `calls` holds (where, op, back-end or None, {back-end: objection or None})."""
 
     def __init__(self, calls):
         self.calls = calls
@@ -55,9 +55,9 @@ class _Record(TorchDispatchMode):
 def explain(call, *args, **kwargs):
     """Say which back-end runs a call and why the others do not.
 
-    `call` is a function or a module, called with the arguments; every op of fastlora in it is one entry. A module without
-    arguments is not run: its LoRA layers are listed with the back-end that a one-row input would take. Returns an
-    Explanation whose str() is the text. Raises TypeError for what cannot be called.
+    `call` is a function or a module, called with the arguments; every op of fastlora in it is one entry. A module
+    without arguments is not run: its LoRA layers are listed with the back-end that a one-row input would take.
+    Returns an Explanation whose str() is the text. Raises TypeError for what cannot be called.
     """
     if not callable(call):
         raise TypeError(f"fastlora: call: got {type(call).__name__}, expected a function or a module")

@@ -30,7 +30,9 @@ def assert_accurate(actual, exact, plain, name="result"):
         )
 
 
-def formula(x, weight, lora_A, lora_B, scaling=1.0, bias=None, gates=None, ranks=None, column_scale=None, p=0.0, seed=None):
+def formula(
+    x, weight, lora_A, lora_B, scaling=1.0, bias=None, gates=None, ranks=None, column_scale=None, p=0.0, seed=None
+):
     """y in plain torch and torch's own autograd, at the dtype of its arguments; lora_A and lora_B are lists."""
     v = F.linear(x, weight)
     d = x if not p else torch.where(dropout_mask(x.shape, p, seed), x * scale(p), torch.zeros_like(x))

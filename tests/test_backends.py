@@ -47,11 +47,10 @@ def test_a_pinned_back_end_that_objects_raises_its_sentence():
 
 
 def test_environment_pins():
-    code = "from fastlora import backends, lora_linear; import torch; print(backends.order('lora_linear', torch.ones(1)))"
+    code = "import torch; from fastlora import backends; print(backends.order('lora_linear', torch.ones(1)))"
     assert "('reference',)" in python(code, FASTLORA_BACKEND="reference")
-    bad = subprocess.run(
-        [sys.executable, "-c", "import fastlora"], capture_output=True, text=True, env={**os.environ, "FASTLORA_BACKEND": "x"}
-    )
+    command, env = [sys.executable, "-c", "import fastlora"], {**os.environ, "FASTLORA_BACKEND": "x"}
+    bad = subprocess.run(command, capture_output=True, text=True, env=env)
     assert bad.returncode and "FASTLORA_BACKEND: got 'x'" in bad.stderr
 
 
@@ -84,7 +83,8 @@ from fastlora import backends, lora_expand, lora_linear, lora_shrink
 assert backends.native()[0] is None and "fastlora build" in backends.native()[1]
 def leaf(*shape):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
-x, w, a, b, a2, b2, bias, gates = leaf(5, 9), leaf(7, 9), leaf(3, 9), leaf(7, 3), leaf(2, 9), leaf(7, 2), leaf(7), leaf(5, 2)
+x, w, a, b, a2, b2 = leaf(5, 9), leaf(7, 9), leaf(3, 9), leaf(7, 3), leaf(2, 9), leaf(7, 2)
+bias, gates = leaf(7), leaf(5, 2)
 with warnings.catch_warnings(record=True) as seen:
     lora_linear(x, w, a, b)
     lora_linear(x, w, a, b)
@@ -113,15 +113,8 @@ def test_everything_works_without_the_extension():
 
 @pytest.mark.skipif(backends.native()[0] is None, reason="fastlora._C is not built")
 def test_another_torch_is_an_objection():
-    code = (
-        "import torch\n"
-        "torch.__version__ = '2.99.0'\n"
-        "from fastlora import backends\n"
-        "print(backends.native())"
-    )
+    code = "import torch\ntorch.__version__ = '2.99.0'\nfrom fastlora import backends\nprint(backends.native())"
     assert "this is 2.99.0; build it again with" in python(code)
-
-
 
 
 @pytest.mark.skipif(backends.native()[0] is None, reason="fastlora._C is not built")

@@ -73,7 +73,8 @@ def gate(scaling, gates, ranks, count, R, leading, device):
     value(bool(ranks) or count <= 1, "ranks", list(ranks), "one rank per adapter, as lora_A is a sequence")
     E = len(ranks) if ranks else R
     floating("scaling", scaling)
-    value(scaling.dim() == 0 or tuple(scaling.shape) == (E,), "scaling", f"shape {tuple(scaling.shape)}", f"() or ({E},)")
+    shape = tuple(scaling.shape)
+    value(shape in ((), (E,)), "scaling", f"shape {shape}", f"() or ({E},)")
     on = scaling.device == device or (scaling.dim() == 0 and scaling.device.type == "cpu")
     value(on, "scaling", f"a tensor on {scaling.device}", f"{device} (or a 0-d CPU tensor)")
     if gates is None:
@@ -117,7 +118,8 @@ def linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale,
     if column_scale is not None:
         value(tuple(column_scale.shape) == (out,), "column_scale", f"shape {tuple(column_scale.shape)}", f"({out},)")
         floating("column_scale", column_scale)
-        value(column_scale.device == x.device, "column_scale", f"a tensor on {column_scale.device}", f"{x.device}, as x")
+        on = column_scale.device
+        value(on == x.device, "column_scale", f"a tensor on {on}", f"{x.device}, as x")
 
 
 def expand(y, z, lora_B, scaling, gates, ranks, columns):

@@ -87,7 +87,7 @@ lora_dropout_op = define("lora_dropout", "Tensor x, float dropout_p, Tensor seed
 
 lib.define("draw_seed(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
 lib.impl("draw_seed", _draw_seed, "CompositeExplicitAutograd")
-torch.library.register_fake("fastlora::draw_seed", lambda x: torch.empty((), dtype=torch.int64, device=x.device), lib=lib)
+torch.library.register_fake("fastlora::draw_seed", lambda x: x.new_empty((), dtype=torch.int64), lib=lib)
 draw_seed = torch.ops.fastlora.draw_seed.default
 # torch's common-subexpression pass knows random ops by this list alone, not by their tag: two layers on one x would
 # share a mask in a compiled graph

@@ -12,10 +12,10 @@ from fastlora.ops.shrink import flat, join
 def lora_expand(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=None):
     """y with the low-rank update added: y + (z ⊙ g) lora_Bᵀ, to all columns or to columns start:stop.
 
-    y (..., out) is never written; z (..., R) from `lora_shrink`; lora_B (stop − start, R), or a sequence, one per adapter.
-    `scaling`, `gates`, `ranks` as in `lora_linear`. Returns a new tensor of y's shape and dtype. Serves layers whose base
-    is no dense matrix: embeddings, convolutions, quantised or opaque modules.
-    Raises ValueError or TypeError that names the argument. Source: Hu et al. 2021, arXiv 2106.09685.
+    y (..., out) is never written; z (..., R) from `lora_shrink`; lora_B (stop − start, R), or a sequence, one per
+    adapter. `scaling`, `gates`, `ranks` as in `lora_linear`. Returns a new tensor of y's shape and dtype. Serves
+    layers whose base is no dense matrix: embeddings, convolutions, quantised or opaque modules. Raises ValueError or
+    TypeError that names the argument. Source: Hu et al. 2021, arXiv 2106.09685.
     """
     B = check.tensors("lora_B", lora_B)
     if ranks is None:

@@ -1,4 +1,4 @@
-"""The `fastlora` namespace of torch.library: how an op is declared, and the parts of its contract that need no kernel."""
+"""The `fastlora` namespace of torch.library: how an op is declared."""
 
 import torch
 

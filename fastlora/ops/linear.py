@@ -24,19 +24,19 @@ def lora_linear(
 ):  # fmt: skip
     """A linear layer and its low-rank update in one call: y = c ⊙ (x Wᵀ + ((D(x) lora_Aᵀ) ⊙ g) lora_Bᵀ) + bias.
 
-    x (..., in); weight (out, in); lora_A (R, in) and lora_B (out, R), or sequences of (r_e, in) and (out, r_e), one pair
-    per adapter, read in place; any strides. bias (out,). Returns y (..., out) in weight's dtype; sums are kept in float32
-    (float64 for float64). Adapters have x's dtype, or are float32 masters of a bfloat16 or float16 base.
+    x (..., in); weight (out, in); lora_A (R, in) and lora_B (out, R), or sequences of (r_e, in) and (out, r_e), one
+    pair per adapter, read in place; any strides. bias (out,). Returns y (..., out) in weight's dtype; sums are kept
+    in float32 (float64 for float64). Adapters have x's dtype, or are float32 masters of a bfloat16 or float16 base.
 
-    g: `scaling` (a number, a 0-d or an (E,) tensor) times `gates` (broadcastable to (..., E)). With `ranks`, E numbers that
-    sum to R (implied by sequences), adapter e's rows are multiplied by g[..., e]; without, a single pair has one gate per
-    rank row, E = R. `column_scale` (out,) is DoRA's c (Liu et al. 2024, arXiv 2402.09353); bias is not scaled.
-    D: dropout on the adapter branch with probability `dropout_p` when `training`; its mask is a function of `seed`, a
-    0-d int64 tensor on x's device, drawn from torch's generator when None.
+    g: `scaling` (a number, a 0-d or an (E,) tensor) times `gates` (broadcastable to (..., E)). With `ranks`, E
+    numbers that sum to R (implied by sequences), adapter e's rows are multiplied by g[..., e]; without, a single pair
+    has one gate per rank row, E = R. `column_scale` (out,) is DoRA's c (Liu et al. 2024, arXiv 2402.09353); bias is
+    not scaled. D: dropout on the adapter branch with probability `dropout_p` when `training`; its mask is a function
+    of `seed`, a 0-d int64 tensor on x's device, drawn from torch's generator when None.
 
-    Differentiable in x, lora_A, lora_B, scaling, gates, column_scale, bias, and weight if it requires grad; double backward
-    raises. Errors: ValueError (shapes, devices, ranges) and TypeError (dtypes), naming the argument.
-    Source: Hu et al. 2021, arXiv 2106.09685.
+    Differentiable in x, lora_A, lora_B, scaling, gates, column_scale, bias, and weight if it requires grad; double
+    backward raises. Errors: ValueError (shapes, devices, ranges) and TypeError (dtypes), naming the argument. Source:
+    Hu et al. 2021, arXiv 2106.09685.
     """
     if isinstance(lora_A, torch.Tensor) and isinstance(lora_B, torch.Tensor):
         lora_A, lora_B = (lora_A,), (lora_B,)
@@ -105,9 +105,7 @@ def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column
     return y, z, x.new_empty(0 if column_scale is None else y.shape)
 
 
-def _backward_fake(
-    dy, x, weight, lora_A, lora_B, scaling, gates, ranks, column_scale, dropout_p, seed, z, u, needs
-):
+def _backward_fake(dy, x, weight, lora_A, lora_B, scaling, gates, ranks, column_scale, dropout_p, seed, z, u, needs):
     def grad(t, need):
         return t.new_empty(t.shape) if need else x.new_empty(0)
 

@@ -1,4 +1,6 @@
-"""What torch asks of an op: opcheck, compile, autocast, saved tensors, double backward, transforms, one call per layer."""
+"""What torch asks of an op: opcheck, compile, autocast, saved tensors, double backward, transforms, one call per
+layer.
+"""
 
 import pytest
 import torch
@@ -59,7 +61,8 @@ def test_opcheck_halves(backend):
     y = torch.randn(6, 20, requires_grad=True)
     seed = torch.tensor(3)
     torch.library.opcheck(ops.lora_shrink.default, (x, [a], 0.1, seed))
-    torch.library.opcheck(ops.lora_shrink_backward.default, (z.detach(), x.detach(), [a.detach()], 0.1, seed, [True, True]))
+    args = (z.detach(), x.detach(), [a.detach()], 0.1, seed, [True, True])
+    torch.library.opcheck(ops.lora_shrink_backward.default, args)
     gates = torch.rand(6, 2, requires_grad=True)
     torch.library.opcheck(ops.lora_expand.default, (y, z, [b], half(), gates, [1, 3], [2, 14]))
     args = (y.detach(), z.detach(), [b.detach()], half(), gates.detach(), [1, 3], [2, 14], [True, True, True, True])
@@ -75,10 +78,8 @@ def test_gradcheck(backend):
     inputs = [t.detach().requires_grad_() for t in (x, w, a, a2, b, b2, scale, bias, gates, column)]
 
     def run(x, w, a, a2, b, b2, scale, bias, gates, column):
-        seed = torch.tensor(5)
-        return lora_linear(
-            x, w, [a, a2], [b, b2], scale, bias, gates=gates, column_scale=column, dropout_p=0.3, training=True, seed=seed
-        )
+        drop = dict(dropout_p=0.3, training=True, seed=torch.tensor(5))
+        return lora_linear(x, w, [a, a2], [b, b2], scale, bias, gates=gates, column_scale=column, **drop)
 
     assert torch.autograd.gradcheck(run, inputs)
     seed = torch.tensor(9)

@@ -23,7 +23,6 @@ def test_form(form):
     assert probe.returncode == 0, probe.stderr[-2000:]
     pytest_script = Path(sys.executable).with_name("pytest")
     files = [str(HERE / name) for name in ("test_linear.py", "test_halves.py", "test_dropout.py")]
-    done = subprocess.run(
-        [pytest_script, "-q", "-x", "-k", "native or mask", *files], capture_output=True, text=True, env=env, cwd=HERE.parent
-    )
+    command = [pytest_script, "-q", "-x", "-k", "native or mask", *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -76,7 +76,8 @@ def draw(case, dtype):
     if case.stacked:
         given["lora_A"], given["lora_B"] = [torch.cat(given["lora_A"])], [torch.cat(given["lora_B"], 1)]
     layout = {"plain": lambda t: t, "strided": strided, "transposed": transposed}[case.layout]
-    types = dict.fromkeys(NAMES, dtype) | dict(lora_A=adapter, lora_B=adapter, scaling=torch.float32, gates=torch.float32)
+    types = dict.fromkeys(NAMES, dtype) | dict.fromkeys(("lora_A", "lora_B"), adapter)
+    types |= dict.fromkeys(("scaling", "gates"), torch.float32)
     if dtype == torch.float64:
         types = dict.fromkeys(NAMES, dtype)
     # masters: adapters that the base dtype holds exactly, as the error rule rounds them first
@@ -85,7 +86,9 @@ def draw(case, dtype):
     def make(name, t):
         return layout(t.to(exact[name]).to(types[name])).requires_grad_()
 
-    return {k: [make(k, t) for t in v] if isinstance(v, list) else v if v is None else make(k, v) for k, v in given.items()}
+    return {
+        k: [make(k, t) for t in v] if isinstance(v, list) else v if v is None else make(k, v) for k, v in given.items()
+    }
 
 
 def ranks_of(case):
@@ -103,7 +106,6 @@ def copy(given, dtype):
         return None if t is None else rounded(t, t.dtype).to(dtype).requires_grad_()
 
     return {k: [one(t) for t in v] if isinstance(v, list) else one(v) for k, v in given.items()}
-
 
 
 def run(given, case, seed):
