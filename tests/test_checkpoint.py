@@ -107,6 +107,7 @@ def test_trained_biases_are_part_of_it(bias, tmp_path):
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == bias
     assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path)(x), model(x))
+    torch.testing.assert_close(peft_logits(tmp_path, base, x), model(x))
 
 
 def test_what_is_not_saved_is_said(tmp_path):
