@@ -27,6 +27,15 @@ def file_flags(source):
     return stated[1].split() if stated else []
 
 
+def is_current(target):
+    """Whether an object is newer than every file that it was made from, which the compiler listed beside it."""
+    listed = Path(target).with_suffix(".d")
+    if not (os.path.exists(target) and listed.exists()):
+        return False
+    files = ["setup.py", *listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()]
+    return all(os.path.exists(f) and os.path.getmtime(f) < os.path.getmtime(target) for f in files)
+
+
 def sources():
     found = sorted(glob("csrc/**/*.cpp", recursive=True))
     return [s for s in found if X86 or not any(f.startswith("-m") for f in file_flags(s))]
@@ -80,13 +89,12 @@ class BuildExt(build_ext):
 
     def compile_all(self, files, output_dir=None, macros=None, include_dirs=None, debug=0, extra_postargs=None, **_):
         compiler = type(self.compiler)
-        newest_header = max(os.path.getmtime(f) for f in [*HEADERS, "setup.py"])
 
         def compile_one(source):
             target = self.compiler.object_filenames([source], output_dir=output_dir)[0]
-            if os.path.exists(target) and os.path.getmtime(target) > max(newest_header, os.path.getmtime(source)):
+            if is_current(target):
                 return target
-            flags = [*(extra_postargs or []), *file_flags(source)]
+            flags = [*(extra_postargs or []), *file_flags(source), "-MMD"]
             compiler.compile(self.compiler, [source], output_dir, macros, include_dirs, debug, None, flags)
             return target
 

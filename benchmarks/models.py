@@ -100,11 +100,16 @@ def decode_step(model, tokens):
 
 
 def training_step(model, tokens):
-    """A function of forward + backward of the language-model loss (no optimizer: it is the same for all)."""
+    """A function of forward + backward of the language-model loss (no optimizer: it is the same for all).
+
+    The plain model trains nothing: its gradient goes down to the embedded tokens, as that of the adapters does.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
+    embed = model.get_input_embeddings()
 
     def step():
-        loss = model(tokens, labels=tokens, use_cache=False).loss
-        return torch.autograd.grad(loss, trained)
+        x = embed(tokens).detach().requires_grad_(not trained)
+        loss = model(inputs_embeds=x, labels=tokens, use_cache=False).loss
+        return torch.autograd.grad(loss, trained or x)
 
     return step

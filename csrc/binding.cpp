@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "cpu/choose.h"
 #include "dispatch.h"
 #include "ops.h"
 
@@ -61,6 +62,8 @@ void register_ops() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastlora's native back-end: kernels and autograd formulas of the ops in torch.ops.fastlora.";
   m.def("torch_version", [] { return FASTLORA_TORCH_VERSION; }, "The torch it was built for.");
+  m.def("cpu_name", [] { return fastlora::cpu::cpu().composed ? std::string("composed") : fastlora::cpu::cpu().name; },
+        "The form of the CPU kernels that runs here.");
   m.def("register_ops", fastlora::register_ops, "Register the kernels with torch's dispatcher, once.");
   m.def("pin_elsewhere", [](bool on) { fastlora::pinned_elsewhere = on; }, "Send every op to a back-end in Python.");
 }

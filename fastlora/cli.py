@@ -1,0 +1,91 @@
+"""`python -m fastlora info` says what runs here; `python -m fastlora build` compiles fastlora._C for this torch."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import torch
+
+import fastlora
+from fastlora import backends
+
+DISTRIBUTION = "fastlora-kernels"
+
+
+def main(argv=None):
+    """Run a command; returns the process's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fastlora", description="LoRA at the speed of the base layer.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, and which back-ends this machine has")
+    build = commands.add_parser("build", help="compile fastlora._C for the installed torch and install it")
+    build.add_argument("source", nargs="?", type=Path, help="the source folder, where pip does not remember it")
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print("\n".join(f"{name:10} {value}" for name, value in info().items()))
+        return 0
+    return build_extension(args.source)
+
+
+def info():
+    """{name: sentence} of the versions and of what each back-end needs."""
+    module, missing = backends.native()
+    forced = os.environ.get("FASTLORA_CPU")
+    return {
+        "fastlora": f"{fastlora.__version__} in {Path(fastlora.__file__).parent}",
+        "python": sys.version.split()[0],
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "_C": missing or f"built for torch {module.torch_version()}",
+        "CPU": f"{module.cpu_name()}{' (FASTLORA_CPU)' if forced else ''}" if module else "plain torch, for want of _C",
+        "Triton": _triton(),
+        "CUDA": _cuda(),
+    }
+
+
+def _triton():
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "not installed: pip install triton"
+
+
+def _cuda():
+    if torch.version.cuda is None:
+        return "this torch was built without it"
+    if not torch.cuda.is_available():
+        return f"{torch.version.cuda}, but no GPU that torch can use"
+    return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+
+
+def build_extension(source=None):
+    """Compile in the source folder and install what comes out; returns pip's or the compiler's exit status."""
+    folder, editable = _installed_from()
+    source = source or folder
+    if source is None or not (source / "csrc").is_dir():
+        print(f"fastlora: no source folder ({source}); give that of {DISTRIBUTION}: python -m fastlora build FOLDER")
+        return 1
+    if editable:
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    else:
+        command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
+        command += ["--force-reinstall", "."]
+    print("fastlora:", " ".join(command), f"in {source}", flush=True)
+    return subprocess.run(command, cwd=source, env={**os.environ, "FASTLORA_REQUIRE_EXT": "1"}).returncode
+
+
+def _installed_from():
+    """(folder that pip installed from or None, whether the installation is that folder)"""
+    try:
+        recorded = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        recorded = None
+    if recorded is None:
+        return None, False
+    recorded = json.loads(recorded)
+    url = urlparse(recorded["url"])
+    folder = Path(unquote(url.path)) if url.scheme == "file" else None
+    return folder, recorded.get("dir_info", {}).get("editable", False)
