@@ -1,6 +1,5 @@
 """Which tiles a kernel uses: pure functions of shape, element size and architecture."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -32,7 +31,6 @@ def splits(programs, steps, sms):
     return cdiv(steps, cdiv(steps, count)) if steps else 1
 
 
-@lru_cache(maxsize=4096)
 def linear(M, N, itemsize, arch, sms):
     """The K-extended GEMM; with 4 warps a tile of 128 x 128 already spills once an epilogue joins it."""
     if itemsize == 4:
@@ -53,7 +51,7 @@ def shrink(M, itemsize, RP, aligned):
     return Config(16 if M <= 16 else 64, 0, 128 if RP == 16 else 64, 4, 4)
 
 
-def shrink_backward(itemsize, aligned):
+def shrink_backward(M, itemsize, RP, aligned):
     """da: BK columns of x against every row."""
     if itemsize == 4 or not aligned:
         return Config(32, 0, 32 if itemsize == 4 else 64, 4, 2)

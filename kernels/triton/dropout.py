@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from . import tile
+from .config import cdiv
 
 BLOCK = 4096
 
@@ -23,10 +24,11 @@ def _dropout_kernel(x, y, seed, threshold, keep_scale, count, BLOCK: tl.constexp
 def lora_dropout(x, dropout_p, seed):
     """x with a lane below round(p·65536) dropped and the others scaled; contiguous."""
     x = x.contiguous()
-    y = torch.empty_like(x)
-    if x.numel():
-        grid = (triton.cdiv(x.numel(), BLOCK),)
-        tile.launch(_dropout_kernel, grid, x, x, y, seed, *tile.threshold(dropout_p), x.numel(), BLOCK=BLOCK)
+    if not dropout_p:
+        return x.clone()
+    y, count = torch.empty_like(x), x.numel()
+    if count:
+        tile.launch(_dropout_kernel, (cdiv(count, BLOCK),), x, x, y, *tile.dropout(dropout_p, seed), count, BLOCK=BLOCK)
     return y
 
 

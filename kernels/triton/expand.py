@@ -1,5 +1,7 @@
 """y + (z ⊙ g) b, and t = dy bᵀ with db = (z ⊙ g)ᵀ dy from one read of dy."""
 
+from functools import lru_cache
+
 import torch
 
 import triton
@@ -56,27 +58,41 @@ def _expand_backward_kernel(
         tl.store(place, acc, mask=(rows < M)[:, None] & rank_in)
 
 
+@lru_cache(maxsize=4096)
+def _plan(M, N, R, itemsize):
+    """(grid, constants and options) of y + (z ⊙ g) b."""
+    c, RP = config.expand(M, itemsize), config.rank_block(R)
+    options = dict(BM=c.BM, BN=c.BN, RP=RP, ONE=R <= RP, num_warps=c.warps, num_stages=c.stages)
+    return (config.cdiv(M, c.BM), config.cdiv(N, c.BN)), options
+
+
+@lru_cache(maxsize=4096)
+def _backward_plan(M, N, R, itemsize, device):
+    """(parts of t, parts of db, columns a part, grid, constants and options)."""
+    RP = config.rank_block(R)
+    c = config.expand_backward(M, itemsize, RP, device.arch)
+    tall, wide, steps = config.cdiv(M, c.BM), config.cdiv(R, RP), config.cdiv(N, c.BN)
+    count = config.splits(tall * wide, steps, device.sms)
+    options = dict(BM=c.BM, BN=c.BN, RP=RP, num_warps=c.warps, num_stages=c.stages)
+    return count, tall, config.cdiv(steps, count) * c.BN, (tall, count, wide), options
+
+
 def expand_backward(dy, z, g, b, need_t, need_db):
     """(t (M, R) before the gate, db (N, R)), both fp32, of a matrix dy and b (N, R); None where not needed."""
     (M, N), R = dy.shape, b.shape[1]
     if not (M and N and R):
-        zeros = dy.new_zeros
-        return zeros((M, R), dtype=torch.float32), zeros((N, R), dtype=torch.float32)
+        return dy.new_zeros((M, R), dtype=torch.float32), dy.new_zeros((N, R), dtype=torch.float32)
     if not (need_t or need_db):
         return None, None
-    device, RP = tile.device_of(dy), config.rank_block(R)
-    c = config.expand_backward(M, dy.element_size(), RP, device.arch)
-    blocks, steps = (triton.cdiv(M, c.BM), triton.cdiv(R, RP)), triton.cdiv(N, c.BN)
-    count = config.splits(blocks[0] * blocks[1], steps, device.sms)
+    count, blocks, chunk, grid, options = _backward_plan(M, N, R, dy.element_size(), tile.device_of(dy))
     t = tile.partial(count, (M, R), dy) if need_t else None
-    db = tile.partial(blocks[0], (N, R), dy) if need_db else None
+    db = tile.partial(blocks, (N, R), dy) if need_db else None
     tile.launch(
-        _expand_backward_kernel, (blocks[0], count, blocks[1]), dy,
-        dy, z, g.rows, b, t, db, g.scale, M, N, R, *dy.stride(), *z.stride(), g.gm, g.gr, *b.stride(),
-        triton.cdiv(steps, count) * c.BN, warps=c.warps, stages=c.stages,
-        BM=c.BM, BN=c.BN, RP=RP, NEED_T=need_t, NEED_DB=need_db,
+        _expand_backward_kernel, grid, dy,
+        dy, z, g.rows, b, t, db, g.scale, M, N, R, *dy.stride(), *z.stride(), g.gm, g.gr, *b.stride(), chunk,
+        NEED_T=need_t, NEED_DB=need_db, **options,
     )  # fmt: skip
-    return tile.total(t, count) if need_t else None, tile.total(db, blocks[0]) if need_db else None
+    return tile.total(t, count) if need_t else None, tile.total(db, blocks) if need_db else None
 
 
 def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
@@ -88,13 +104,12 @@ def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
         return out
     if not R:
         return out.copy_(y)
-    c, RP, g = config.expand(M, y.element_size()), config.rank_block(R), gate(scaling, gates, ranks, z)
-    start, stop = columns or (0, N)
+    g, (start, stop) = gate(scaling, gates, ranks, z), columns or (0, N)
+    grid, options = _plan(M, N, R, y.element_size())
     tile.launch(
-        _expand_kernel, (triton.cdiv(M, c.BM), triton.cdiv(N, c.BN)), y,
+        _expand_kernel, grid, y,
         y2, z2, g.rows, b, out, g.scale, M, N, R, start, stop - start,
-        *y2.stride(), *z2.stride(), g.gm, g.gr, *b.stride(), warps=c.warps, stages=c.stages,
-        BM=c.BM, BN=c.BN, RP=RP, ONE=R <= RP,
+        *y2.stride(), *z2.stride(), g.gm, g.gr, *b.stride(), **options,
     )  # fmt: skip
     return out
 

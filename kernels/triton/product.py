@@ -1,5 +1,7 @@
 """The GEMM that carries a low-rank update as one more step of its K loop: y = [x | z ⊙ g] · [w ; b]."""
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
@@ -47,18 +49,25 @@ def _product_kernel(
     tl.store(y + place, acc.to(to), mask=row_in & col_in)
 
 
+@lru_cache(maxsize=4096)
+def _plan(M, N, K, R, itemsize, dropout, device):
+    """(grid, constants and options) of one shape."""
+    c, RP = config.linear(M, N, itemsize, *device), config.rank_block(R, 32)
+    return (config.cdiv(M, c.BM) * config.cdiv(N, c.BN),), dict(
+        BM=c.BM, BN=c.BN, BK=c.BK, RP=RP, ONE=R <= RP, EVEN_K=K % c.BK == 0, DROPOUT=dropout, ALIGNED=N % 8 == 0,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+
+
 def product(x, w, z, b, g, y, *, column_scale=None, bias=None, u=None, dropout_p=0.0, seed=None):
     """y = x (M, K) · w (K, N) + (z ⊙ g) (M, R) · b (R, N) into the contiguous y, any strides elsewhere."""
-    (M, K), N, R = x.shape, b.shape[1], b.shape[0]
+    (M, K), (R, N) = x.shape, b.shape
     if not (M and N):
         return
-    device = tile.device_of(x)
-    c, RP = config.linear(M, N, x.element_size(), *device), config.rank_block(R, 32)
-    seed, dropped, keep_scale, dropout, aligned = tile.dropout(dropout_p if R else 0, seed, N)
+    dropout_p = dropout_p if R else 0.0
+    grid, options = _plan(M, N, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
     tile.launch(
-        _product_kernel, (triton.cdiv(M, c.BM) * triton.cdiv(N, c.BN),), x,
-        x, w, z, g.rows, b, column_scale, bias, u, y, seed, dropped, keep_scale, g.scale,
-        M, N, K, R, *x.stride(), *w.stride(), *z.stride(), g.gm, g.gr, b.stride(1), b.stride(0),
-        warps=c.warps, stages=c.stages,
-        BM=c.BM, BN=c.BN, BK=c.BK, RP=RP, ONE=R <= RP, EVEN_K=K % c.BK == 0, DROPOUT=dropout, ALIGNED=aligned,
+        _product_kernel, grid, x,
+        x, w, z, g.rows, b, column_scale, bias, u, y, *tile.dropout(dropout_p, seed), g.scale,
+        M, N, K, R, *x.stride(), *w.stride(), *z.stride(), g.gm, g.gr, b.stride(1), b.stride(0), **options,
     )  # fmt: skip

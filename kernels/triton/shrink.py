@@ -1,5 +1,7 @@
 """z = D(x) aᵀ and its gradients: dx = D(dz a), da = dzᵀ D(x), the mask made again from the seed."""
 
+from functools import lru_cache
+
 import torch
 
 import triton
@@ -65,23 +67,31 @@ def _shrink_backward_kernel(
     tl.store(place, acc * keep_scale, mask=col_in & (ranks < R)[None, :])
 
 
+@lru_cache(maxsize=4096)
+def _plan(backward, M, K, R, itemsize, dropout, device):
+    """(parts of the sum, its length in a part, grid, options): z is a sum over K, da one over M."""
+    RP, aligned = config.rank_block(R), K % 8 == 0
+    choose = config.shrink_backward if backward else config.shrink
+    c = choose(M, itemsize, RP, aligned or not dropout)
+    rows, cols = config.cdiv(M, c.BM), config.cdiv(K, c.BK)
+    (tall, steps, step) = (cols, rows, c.BM) if backward else (rows, cols, c.BK)
+    wide = config.cdiv(R, RP)
+    count = config.splits(tall * wide, steps, device.sms)
+    return count, config.cdiv(steps, count) * step, (tall, count, wide), dict(
+        BM=c.BM, BK=c.BK, RP=RP, EVEN_K=K % c.BK == 0, DROPOUT=dropout, ALIGNED=aligned,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+
+
 def shrink(x, a, dropout_p, seed):
     """z (M, R) fp32 of a matrix x."""
     (M, K), R = x.shape, a.shape[0]
     if not (M and R):
-        return torch.empty((M, R), dtype=torch.float32, device=x.device)
-    seed, dropped, keep_scale, dropout, aligned = tile.dropout(dropout_p, seed, K)
-    RP = config.rank_block(R)
-    c = config.shrink(M, x.element_size(), RP, aligned or not dropout)
-    blocks, steps = (triton.cdiv(M, c.BM), triton.cdiv(R, RP)), triton.cdiv(K, c.BK)
-    count = config.splits(blocks[0] * blocks[1], steps, tile.device_of(x).sms)
+        return x.new_empty((M, R), dtype=torch.float32)
+    count, chunk, grid, options = _plan(False, M, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
     z = tile.partial(count, (M, R), x)
-    tile.launch(
-        _shrink_kernel, (blocks[0], count, blocks[1]), x,
-        x, a, z, seed, dropped, keep_scale, M, K, R, *x.stride(), *a.stride(), triton.cdiv(steps, count) * c.BK,
-        warps=c.warps, stages=c.stages,
-        BM=c.BM, BK=c.BK, RP=RP, EVEN_K=K % c.BK == 0, DROPOUT=dropout, ALIGNED=aligned,
-    )  # fmt: skip
+    dropout = tile.dropout(dropout_p, seed)
+    tile.launch(_shrink_kernel, grid, x, x, a, z, *dropout, M, K, R, *x.stride(), *a.stride(), chunk, **options)
     return tile.total(z, count)
 
 
@@ -89,18 +99,13 @@ def shrink_backward(z, g, x, dropout_p, seed):
     """da (R, K) fp32 = (z ⊙ g)ᵀ D(x)."""
     (M, K), R = x.shape, z.shape[1]
     if not (M and R and K):
-        return torch.zeros((R, K), dtype=torch.float32, device=x.device)
-    seed, dropped, keep_scale, dropout, aligned = tile.dropout(dropout_p, seed, K)
-    RP = config.rank_block(R)
-    c = config.shrink_backward(x.element_size(), aligned or not dropout)
-    blocks, steps = (triton.cdiv(K, c.BK), triton.cdiv(R, RP)), triton.cdiv(M, c.BM)
-    count = config.splits(blocks[0] * blocks[1], steps, tile.device_of(x).sms)
+        return x.new_zeros((R, K), dtype=torch.float32)
+    count, chunk, grid, options = _plan(True, M, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
     da = tile.partial(count, (R, K), x)
     tile.launch(
-        _shrink_backward_kernel, (blocks[0], count, blocks[1]), x,
-        z, x, da, seed, dropped, keep_scale, g.rows, g.scale, M, K, R, *z.stride(), g.gm, g.gr, *x.stride(),
-        triton.cdiv(steps, count) * c.BM, warps=c.warps, stages=c.stages,
-        BM=c.BM, BK=c.BK, RP=RP, EVEN_K=K % c.BK == 0, DROPOUT=dropout, ALIGNED=aligned,
+        _shrink_backward_kernel, grid, x,
+        z, x, da, *tile.dropout(dropout_p, seed), g.rows, g.scale,
+        M, K, R, *z.stride(), g.gm, g.gr, *x.stride(), chunk, **options,
     )  # fmt: skip
     return tile.total(da, count)
 

@@ -1,5 +1,6 @@
 """What several kernels share: device helpers; on the host the one place that launches, and the objections."""
 
+import os
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 @triton.jit
@@ -92,24 +93,21 @@ def device_of(x):
     return _cuda(x.device.index) if x.is_cuda else Device(90, 132)
 
 
-def launch(kernel, grid, x, *args, warps=4, stages=3, **constants):
+def launch(kernel, grid, x, *args, **options):
     """Run `kernel` on x's device. Every launch goes through here, where tests without a GPU catch it."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
+            kernel[grid](*args, **options)
     else:
-        kernel[grid](*args, num_warps=warps, num_stages=stages, **constants)
+        kernel[grid](*args, **options)
 
 
-def threshold(p):
-    """(lanes that are dropped, the scale of what is kept): p in steps of 1/65536."""
+def dropout(p, seed):
+    """(seed, lanes that are dropped, scale of what is kept) as the kernels take them: p in steps of 1/65536."""
+    if not p:
+        return None, 0, 1.0
     dropped = round(p * 65536)
-    return dropped, 65536 / (65536 - dropped) if dropped < 65536 else 0.0
-
-
-def dropout(p, seed, width):
-    """(seed, threshold, scale of what is kept, DROPOUT, ALIGNED) of a matrix `width` wide."""
-    return (seed, *threshold(p), True, width % 8 == 0) if p else (None, 0, 1.0, False, False)
+    return seed, dropped, 65536 / (65536 - dropped) if dropped < 65536 else 0.0
 
 
 def rows_of(x):
@@ -153,9 +151,9 @@ def objection(*args):
         return f"triton: needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests), the input is on {x.device}"
     if x.is_cuda and device_of(x).arch < 80:
         return f"triton: needs compute capability 8.0, this GPU has {device_of(x).arch / 10}"
+    if x.dtype == torch.float64:
+        return "triton: the kernels accumulate in fp32 and take no float64"
     for t in flat:
-        if t.dtype == torch.float64 and t.dim():
-            return "triton: the kernels accumulate in fp32 and take no float64"
         if t.device != x.device and (t.dim() or t.dtype == torch.int64):
             return f"triton: tensors on {x.device} and {t.device}"
     return None

@@ -77,12 +77,14 @@ def calls():
         "forward M=512": lambda: forward(512),
         "forward M=64": lambda: forward(64),
         "forward M=16": lambda: forward(16),
+        "forward M=1 R=1 dropout": lambda: forward(1, R=1, p=0.1),
         "backward M=8192": lambda: backward(8192),
         "backward M=8192 dropout": lambda: backward(8192, p=0.1),
         "backward M=8192 R=64 gates fp32-adapters": lambda: backward(8192, R=64, gates=True, adapters=fp32),
         "backward M=512 fp32 dropout": lambda: backward(512, dtype=fp32, p=0.1),
         "backward M=512": lambda: backward(512),
         "backward M=16": lambda: backward(16),
+        "backward M=1 R=1 dropout": lambda: backward(1, R=1, p=0.1),
         "expand M=8192": lambda: expanded(8192),
         "expand M=16 fp32": lambda: expanded(16, fp32),
         "shrink_backward M=8192 dropout": lambda: shrink.lora_shrink_backward(
@@ -99,8 +101,8 @@ def caught(arch):
     tile.device_of = lambda x: tile.Device(arch, {80: 108, 90: 132}[arch])
     for name, call in calls().items():
 
-        def catch(kernel, grid, x, *args, warps=4, stages=3, name=name, **constants):
-            options = dict(num_warps=warps, num_stages=stages)
+        def catch(kernel, grid, x, *args, num_warps=4, num_stages=3, name=name, **constants):
+            options = dict(num_warps=num_warps, num_stages=num_stages)
             label = f"sm_{arch} {kernel.fn.__name__.strip('_').removesuffix('_kernel')}: {name}"
             launches.append((label, kernel, dict(zip(kernel.arg_names, args, strict=False)) | constants, options))
 

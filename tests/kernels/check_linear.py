@@ -99,6 +99,7 @@ def test_scaling_on_the_device():
     """A scaling for each adapter, and one of no dimension that the host must not read."""
     call = harness.problem((9,), 32, 24, (2, 3), gates="token")
     call.scaling = torch.tensor([0.5, 2.0])
+    call.gates = call.gates.double()
     compare(call, run(call))
 
 

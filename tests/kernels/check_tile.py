@@ -10,7 +10,6 @@ def test_objections(monkeypatch):
     x, scaling = torch.zeros(2, 3), torch.tensor(1.0, dtype=torch.float64)
     assert tile.objection(x, [x], scaling, None, 0.5) is None
     assert "float64" in tile.objection(x.double(), [x])
-    assert "float64" in tile.objection(x, [x.double()])
     assert "meta" in tile.objection(x, [x, x.to("meta")])
     assert "meta" in tile.objection(x, [x], 0.5, torch.empty((), dtype=torch.int64, device="meta"))
     monkeypatch.setattr(triton, "__version__", "3.5.1")
@@ -47,6 +46,7 @@ def test_rank_block(R, block):
 
 
 def test_threshold():
-    assert tile.threshold(0.5) == (32768, 2.0)
-    assert tile.threshold(1.0) == (65536, 0.0)
-    assert tile.threshold(1e-9) == (0, 1.0)
+    assert tile.dropout(0.5, "seed") == ("seed", 32768, 2.0)
+    assert tile.dropout(1.0, "seed") == ("seed", 65536, 0.0)
+    assert tile.dropout(1e-9, "seed") == ("seed", 0, 1.0)
+    assert tile.dropout(0.0, None) == (None, 0, 1.0)
