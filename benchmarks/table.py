@@ -77,6 +77,7 @@ def figures(rows):
     mean = statistics.geometric_mean
     forward, training = "linear/forward/", "linear/training/"
     figure("forward-over-base", "fastlora", column("fastlora", forward, "vs_base"), mean)
+    figure("forward-small-over-base", "fastlora", column("fastlora", forward, "vs_base", _small), mean)
     figure("forward-worst-over-base", "fastlora", column("fastlora", forward, "vs_base"), max)
     figure("training-over-base", "fastlora", column("fastlora", training, "vs_base"), mean)
     for other in ("loralib", "peft", "peft_bf16", "addmm", "compile"):

@@ -1,0 +1,101 @@
+"""Pictures and the README's figures, from the CSV files in benchmarks/results and nothing else."""
+
+import re
+from pathlib import Path
+
+from . import table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+MARKS = re.compile(r"(<!-- figures -->\n).*?(<!-- end -->)", re.DOTALL)
+TITLES = {"forward": "Forward", "training": "Forward and backward"}
+ROWS = {
+    "forward": "one layer, forward",
+    "forward-small": "… of which M ≤ 16, in and out ≤ 1536",
+    "training": "one layer, forward and backward",
+    **{
+        f"smollm2-decode-{dtype}-b{batch}": f"SmolLM2-135M, decode step, {dtype}, batch {batch}"
+        for dtype in ("fp32", "bf16")
+        for batch in (1, 4)
+    },
+}
+
+
+def main():
+    for path in sorted(RESULTS.glob("*.csv")):
+        rows = table.read(path)
+        for mode in TITLES:
+            draw_linear(rows, mode, path.with_name(f"{path.stem}-{mode}.png"))
+    readme = ROOT / "README.md"
+    readme.write_text(readme_with_figures(readme.read_text()))
+
+
+def draw_linear(rows, mode, out):
+    """A panel for each shape and dtype: time over the plain layer's, against the number of rows of x."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {}
+    for row in rows:
+        parts = row["case"].split("/")
+        if parts[:2] == ["linear", mode]:
+            lines = panels.setdefault((parts[3], parts[2]), {})
+            lines.setdefault(row["method"], []).append((int(parts[4][1:]), row["vs_base"]))
+    if not panels:
+        return
+    dtypes, shapes = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
+    size = {"figsize": (4.2 * len(shapes), 3.2 * len(dtypes))}
+    figure, axes = plt.subplots(len(dtypes), len(shapes), sharey=True, squeeze=False, **size)
+    for (dtype, shape), lines in panels.items():
+        axis = axes[dtypes.index(dtype)][shapes.index(shape)]
+        for method, points in lines.items():
+            style = {"linewidth": 2.5} if method == "fastlora" else {"linewidth": 1.2, "alpha": 0.8}
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=method, **style)
+        axis.set(xscale="log", yscale="log", title=f"{shape.replace('x', ' → ')}, {dtype}", xlabel="rows of x")
+        ticks = (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)
+        axis.set_yticks(ticks, [str(t) for t in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("time over torch's plain layer")
+    handles = {m: h for a in axes.flat for h, m in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="lower center", ncols=len(handles), frameon=False)
+    figure.suptitle(f"{TITLES[mode]}, rank 16, {rows[0]['device']}, {rows[0]['threads']} threads")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def readme_with_figures(text):
+    """The README with its figures replaced by those of the results."""
+    blocks = [block(path) for path in sorted(RESULTS.glob("*.csv"))]
+    return MARKS.sub(lambda m: m[1] + "".join(blocks) + m[2], text)
+
+
+def block(path):
+    """One machine: where, a table, the pictures."""
+    rows = table.read(path)
+    values = {(r["case"].removeprefix("figure/"), r["method"]): r["value"] for r in rows if r["value"] != ""}
+    commits = ", ".join(sorted({r["commit"] for r in rows}))
+    lines = [
+        f"**{rows[0]['device']}**, {rows[0]['threads']} threads, torch {rows[0]['torch']}, commit {commits}. "
+        "Geometric means of ratios of time:",
+        "",
+        "| | fastlora / plain layer | loralib / fastlora | PEFT / fastlora |",
+        "|---|---|---|---|",
+    ]
+    for name, label in ROWS.items():
+        asked = ((f"{name}-over-base", "fastlora"), *((f"{name}-over-fastlora", m) for m in ("loralib", "peft")))
+        cells = [f"{values[key]:.2f}" if key in values else "" for key in asked]
+        if any(cells):
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    worst = values.get(("forward-worst-over-base", "fastlora"))
+    if worst is not None:
+        lines += ["", f"The slowest of the cells, forward: {worst:.2f} × the plain layer."]
+    pictures = [f"![{TITLES[mode]}](benchmarks/results/{path.stem}-{mode}.png)" for mode in TITLES]
+    return "\n".join([*lines, "", *pictures, "", ""])
+
+
+if __name__ == "__main__":
+    main()
