@@ -50,7 +50,8 @@ def commit():
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "?"
-    changed = [line for line in dirty.stdout.splitlines() if "benchmarks/results/" not in line]
+    written_by_runs = ("benchmarks/results/", "README.md")
+    changed = [line for line in dirty.stdout.splitlines() if not line[3:].startswith(written_by_runs)]
     return sha.stdout.strip() + ("+" if changed else "")
 
 
