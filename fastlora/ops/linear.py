@@ -57,12 +57,6 @@ def lora_linear(
     )
 
 
-def lora_linear_reference(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
-    return lora_linear_forward_reference(
-        x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed
-    )[0]
-
-
 def lora_linear_forward_reference(
     x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed
 ):
@@ -120,7 +114,7 @@ _GIVEN = (
     "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, {bias}Tensor? gates, int[] ranks, "
     "Tensor? column_scale, float dropout_p, Tensor? seed"
 )
-backends.register("lora_linear", "reference", lora_linear_reference)
+backends.register_first("lora_linear", "lora_linear_forward")
 backends.register("lora_linear_forward", "reference", lora_linear_forward_reference)
 backends.register("lora_linear_backward", "reference", lora_linear_backward_reference)
 lora_linear_op = define("lora_linear", _GIVEN.format(bias="Tensor? bias, "), "Tensor", _fake, check.linear)
