@@ -80,7 +80,7 @@ def methods(case):
 
 # The tests that must pass before an op is timed.
 GATES = {
-    "linear": ("tests/ops", "tests/csrc", "tests/nn"),
-    "smollm2": ("tests/ops", "tests/nn", "tests/test_model.py"),
+    "linear": ("tests/ops/test_linear.py", "tests/ops/test_cpu_forms.py"),
+    "smollm2": ("tests/ops/test_linear.py", "tests/nn/test_linear.py", "tests/test_model.py"),
 }
 OPS = tuple(GATES)
