@@ -1,13 +1,15 @@
 """What is decided on the host: objections, tiles, the order of sums."""
 
+import harness
 import pytest
 import torch
 import triton
+import triton.language as tl
 from fastlora.kernels import config, linear, tile
 
 
 def test_objections(monkeypatch):
-    x, scaling = torch.zeros(2, 3), torch.tensor(1.0, dtype=torch.float64)
+    x, scaling = harness.to_device(torch.zeros(2, 3)), torch.tensor(1.0, dtype=torch.float64)
     assert tile.objection(x, [x], scaling, None, 0.5) is None
     assert "float64" in tile.objection(x.double(), [x])
     assert "meta" in tile.objection(x, [x, x.to("meta")])
@@ -16,6 +18,7 @@ def test_objections(monkeypatch):
     assert "3.5.1" in tile.objection(x)
     monkeypatch.undo()
     monkeypatch.setattr(tile, "INTERPRETED", False)
+    x = x.cpu()
     assert "GPU" in linear.lora_linear_forward_objection(x, x, [x], [x], scaling, None, None, [], None, 0.0, None)
 
 
@@ -50,3 +53,20 @@ def test_threshold():
     assert tile.dropout(1.0, "seed") == ("seed", 65536, 0.0)
     assert tile.dropout(1e-9, "seed") == ("seed", 0, 1.0)
     assert tile.dropout(0.0, None) == (None, 0, 1.0)
+
+
+@triton.jit
+def _order_kernel(out, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    row, column = tile.grouped(tl.program_id(0), M, N, BM, BN, GROUP)
+    tl.store(out + 2 * tl.program_id(0), row)
+    tl.store(out + 2 * tl.program_id(0) + 1, column)
+
+
+@pytest.mark.parametrize("tall,wide", [(1, 1), (3, 5), (8, 2), (9, 3), (20, 4)])
+def test_every_tile_once(tall, wide):
+    """In groups of 8 rows of tiles, the last group shorter."""
+    out = harness.to_device(torch.full((tall * wide, 2), -1, dtype=torch.int32))
+    tile.launch(_order_kernel, (tall * wide,), out, out, 16 * tall - 3, 16 * wide, BM=16, BN=16, GROUP=8)
+    order = [tuple(pair) for pair in out.tolist()]
+    assert sorted(order) == [(row, column) for row in range(tall) for column in range(wide)]
+    assert order == sorted(order, key=lambda pair: (pair[0] // 8, pair[1], pair[0]))
