@@ -51,24 +51,20 @@ class DenseLoRA(LoRALayer):
         """The weight (out, in) that alone gives this call's y, or None where the op has to run."""
         if not self.r or is_off(self):
             return self.base_weight()
+        trained = [p for p in self._parameters.values() if p is not None and p.requires_grad]
+        if self.merged and trained and torch.is_grad_enabled():
+            # an optimizer step may follow, and fused ones leave `_version` as it was
+            self._merged_copy = False
         # a compiled graph cannot look at versions, so it could not tell a stale copy
-        if not self.merged or self.training or torch.compiler.is_compiling():
+        if not self.merged or self._merged_copy is False or self.training or torch.compiler.is_compiling():
             return None
-        return self._current_copy()
+        return None if any(p.grad is not None for p in trained) else self._current_copy()
 
     def _current_copy(self):
-        weight, lora_A, lora_B = (self._parameters.get(name) for name in ("weight", "lora_A", "lora_B"))
-        sources = weight, lora_A, lora_B, self.scaling
-        if type(weight) is not nn.Parameter or type(lora_A) is not nn.Parameter or type(lora_B) is not nn.Parameter:
+        sources = tuple(self._parameters.get(name) for name in ("weight", "lora_A", "lora_B"))
+        if any([type(t) is not nn.Parameter or t.is_inference() for t in sources]) or self.scaling.is_inference():
             return None
-        if lora_A.requires_grad or lora_B.requires_grad or weight.requires_grad:
-            if torch.is_grad_enabled():
-                # an optimizer step may follow, and fused ones leave `_version` as it was
-                self._merged_copy = False
-            if any(t.grad is not None for t in sources):
-                return None
-        if self._merged_copy is False or any([t.is_inference() for t in sources]):
-            return None
+        sources += (self.scaling,)
         stamp = [(id(t), t._version, t.data_ptr()) for t in sources]
         if self._merged_copy is None or self._merged_copy[1] != stamp:
             # out of inference mode: a copy made there could not be saved for a backward later

@@ -116,6 +116,18 @@ def test_a_write_past_the_version_is_seen_after_refresh(x):
     agrees(layer, x)
 
 
+def test_a_step_in_training_mode_set_by_hand_is_seen(x):
+    layer = layer_in_eval()
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1, fused=True)
+    agrees(layer, x)
+    layer.training = True
+    layer(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    layer.training = False
+    agrees(layer, x)
+
+
 def test_functional_call_with_other_adapters(x):
     layer = layer_in_eval()
     agrees(layer, x)
@@ -156,9 +168,13 @@ def test_a_compiled_graph_never_holds_a_stale_copy(x):
             layer.lora_B.data.mul_(2)
             torch.testing.assert_close(compiled(x), unmerged(layer, x), rtol=1e-4, atol=1e-4)
             layer.refresh()
-    compiled(x).sum().backward()
-    optimizer.step()
-    agrees(compiled, x)
+    for _ in range(3):
+        agrees(layer, x)
+        compiled(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        agrees(layer, x)
+        agrees(compiled, x)
     set_scale(layer, 3.0)
     agrees(compiled, x)
 
