@@ -260,7 +260,7 @@ def print_trainable_parameters(model):
 def disable_adapter(model):
     """Context manager: in this thread the model runs without its adapters, as DPO's reference model.
 
-    Under activation checkpointing with gradients pass `context_fn=fastlora.nn.checkpoint_context`; a recompute that
+    Under activation checkpointing with gradients pass `context_fn=fastlora.checkpoint_context`; a recompute that
     cannot know the state raises RuntimeError.
     """
     return turned_off(lora_layers(model).values())

@@ -49,7 +49,7 @@ def is_off(layer):
         if off or layer._ran_off:
             raise RuntimeError(
                 "fastlora: disable_adapter was used around a checkpointed forward, and its recompute cannot know: "
-                "expected context_fn=fastlora.nn.checkpoint_context in torch.utils.checkpoint"
+                "expected context_fn=fastlora.checkpoint_context in torch.utils.checkpoint"
             )
     elif off:
         layer._ran_off = True

@@ -109,7 +109,7 @@ def test_a_recompute_is_restored_by_context_fn(off_in_forward, off_in_backward):
 @pytest.mark.parametrize("off_in_forward, off_in_backward", [(True, False), (False, True)])
 def test_a_recompute_that_cannot_know_raises(off_in_forward, off_in_backward):
     model, _, x = build()
-    with pytest.raises(RuntimeError, match="context_fn=fastlora.nn.checkpoint_context"):
+    with pytest.raises(RuntimeError, match="context_fn=fastlora.checkpoint_context"):
         gradient(model, x, recompute, off_in_forward, off_in_backward)
     # the next training step starts afresh
     torch.testing.assert_close(gradient(model, x, recompute, False, False), gradient(model, x, plain, False, False))
