@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import io
 import os
+import warnings
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,8 @@ from transformers.utils import logging
 
 import fastlora
 
+# transformers' and PEFT's, about each other's names
+warnings.filterwarnings("ignore", category=FutureWarning)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -20,7 +20,7 @@ import peft
 import fastlora
 from benchmarks import clock, models
 
-STEPS, BATCH, LENGTH = 40, 4, 128
+STEPS, BATCH, LENGTH = 30, 4, 128
 PROMPT = 'def sort_lines(text, reverse=False):\n    """'
 METHODS = ("base", "fastlora", "loralib", "peft")
 
@@ -133,11 +133,11 @@ def show_times(model, blocks):
     forward, prompt = blocks[:BATCH], blocks[:1, :64]
     with torch.inference_mode():
         calls = {m: (lambda net=net: net(forward, use_cache=False)) for m, net in adapted.items()}
-        rows = {f"forward, {forward.numel()} tokens": clock.time_cpu(calls, seconds=4, rounds=(5, 20))}
+        rows = {f"forward, {forward.numel()} tokens": clock.time_cpu(calls, seconds=3, rounds=(4, 20))}
         calls = {m: models.decode_step(net, prompt) for m, net in adapted.items()}
         rows["decode one token"] = clock.time_cpu(calls, seconds=3, rounds=(10, 50))
     calls = {m: models.training_step(net, forward) for m, net in adapted.items()}
-    rows["forward + backward"] = clock.time_cpu(calls, seconds=6, rounds=(4, 10))
+    rows["forward + backward"] = clock.time_cpu(calls, seconds=5, rounds=(3, 10))
     print("   " + f"{'':22}" + "".join(f"{m:>20}" for m in METHODS))
     for name, timing in rows.items():
         cells = [f"{timing.quantiles(m)[1] * 1e3:.1f} ms ({timing.ratio(m, 'base'):.2f}x)" for m in METHODS]
