@@ -139,21 +139,26 @@ def total(parts, count):
     return parts if count == 1 else parts.sum(0)
 
 
+@lru_cache
+def _unsupported(device):
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"triton: version {triton.__version__} is older than 3.6"
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return f"triton: needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests), the input is on {device}"
+    if device.type == "cuda" and torch.version.hip:
+        return "triton: the tiles are chosen for NVIDIA GPUs and were never tried on an AMD GPU"
+    if device.type == "cuda" and _cuda(device.index).arch < 80:
+        return f"triton: needs compute capability 8.0, this GPU has {_cuda(device.index).arch / 10}"
+    return None
+
+
 def objection(*args):
     """The sentence that says why Triton cannot take tensors such as these, or None."""
     flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, torch.Tensor)]
     x = flat[0]
-    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
-        return f"triton: version {triton.__version__} is older than 3.6"
-    if x.is_cuda and torch.version.hip:
-        return "triton: the tiles are chosen for NVIDIA GPUs and were never tried on an AMD GPU"
-    if not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
-        return f"triton: needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests), the input is on {x.device}"
-    if x.is_cuda and device_of(x).arch < 80:
-        return f"triton: needs compute capability 8.0, this GPU has {device_of(x).arch / 10}"
     if x.dtype == torch.float64:
         return "triton: the kernels accumulate in fp32 and take no float64"
     for t in flat:
         if t.device != x.device and (t.dim() or t.dtype == torch.int64):
             return f"triton: tensors on {x.device} and {t.device}"
-    return None
+    return _unsupported(x.device)

@@ -14,9 +14,11 @@ def test_objections(monkeypatch):
     assert "float64" in tile.objection(x.double(), [x])
     assert "meta" in tile.objection(x, [x, x.to("meta")])
     assert "meta" in tile.objection(x, [x], 0.5, torch.empty((), dtype=torch.int64, device="meta"))
+    monkeypatch.setattr(tile, "_unsupported", tile._unsupported.__wrapped__)
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     assert "3.5.1" in tile.objection(x)
-    monkeypatch.undo()
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    assert tile.objection(x) is None
     monkeypatch.setattr(tile, "INTERPRETED", False)
     x = x.cpu()
     assert "GPU" in linear.lora_linear_forward_objection(x, x, [x], [x], scaling, None, None, [], None, 0.0, None)
