@@ -37,7 +37,7 @@ class LoRALayer:
     merged = False
     merge_weights = False
     fan_in_fan_out = False
-    # None: not built; False: not before the next train(), eval(), merge or refresh; else (W + ΔW, stamp, sources)
+    # None: not built; False: not before the next train(), eval(), merge or refresh; else (W + ΔW, sources, stamps)
     _merged_copy = None
     _ran_off = False
 

@@ -1,6 +1,7 @@
 """LoRA on linear layers: y = x Wᵀ + bias + s (D(x) lora_Aᵀ) lora_Bᵀ with s = lora_alpha / r."""
 
 import functools
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -49,28 +50,37 @@ class DenseLoRA(LoRALayer):
 
     def _lone_weight(self):
         """The weight (out, in) that alone gives this call's y, or None where the op has to run."""
-        if not self.r or is_off(self):
+        if not self.r or ((switch.off or self._ran_off) and is_off(self)):
             return self.base_weight()
+        if not self.merged:
+            return None
         trained = [p for p in self._parameters.values() if p is not None and p.requires_grad]
-        if self.merged and trained and torch.is_grad_enabled():
+        if trained and torch.is_grad_enabled():
             # an optimizer step may follow, and fused ones leave `_version` as it was
             self._merged_copy = False
         # a compiled graph cannot look at versions, so it could not tell a stale copy
-        if not self.merged or self._merged_copy is False or self.training or torch.compiler.is_compiling():
+        if self._merged_copy is False or self.training or torch.compiler.is_compiling():
             return None
-        return None if any(p.grad is not None for p in trained) else self._current_copy()
+        for parameter in trained:
+            if parameter.grad is not None:
+                return None
+        return self._current_copy()
 
     def _current_copy(self):
-        sources = tuple(self._parameters.get(name) for name in ("weight", "lora_A", "lora_B"))
-        if any([type(t) is not nn.Parameter or t.is_inference() for t in sources]) or self.scaling.is_inference():
+        get, copy = self._parameters.get, self._merged_copy
+        sources = get("weight"), get("lora_A"), get("lora_B"), self.scaling
+        if copy and all(map(operator.is_, sources, copy[1])) and copy[2] == [*map(_stamp, sources)]:
+            return copy[0]
+        if any(type(t) is not nn.Parameter for t in sources[:3]) or any(t.is_inference() for t in sources):
             return None
-        sources += (self.scaling,)
-        stamp = [(id(t), t._version, t.data_ptr()) for t in sources]
-        if self._merged_copy is None or self._merged_copy[1] != stamp:
-            # out of inference mode: a copy made there could not be saved for a backward later
-            with torch.inference_mode(False):
-                self._merged_copy = self.merged_weight(), stamp, sources
+        # out of inference mode: a copy made there could not be saved for a backward later
+        with torch.inference_mode(False):
+            self._merged_copy = self.merged_weight(), sources, [*map(_stamp, sources)]
         return self._merged_copy[0]
+
+
+def _stamp(t):
+    return t._version, t.data_ptr()
 
 
 class OpaqueLoRA(LoRALayer):
