@@ -54,7 +54,8 @@ def test_a_linear_with_another_kind_of_weight_is_opaque():
     pruned = prune.l1_unstructured(nn.Linear(5, 4), "weight", 0.5)
     integer = nn.Linear(5, 4)
     integer.weight = nn.Parameter(torch.ones(4, 5, dtype=torch.int8), requires_grad=False)
-    integer.forward_dtype = torch.float32
+    sparse = nn.Linear(5, 4)
+    sparse.weight = nn.Parameter(sparse.weight.detach().to_sparse(), requires_grad=False)
     for layer in (spectral, pruned):
         before = layer(x)
         inject(layer, r=2)
@@ -62,4 +63,5 @@ def test_a_linear_with_another_kind_of_weight_is_opaque():
         torch.testing.assert_close(layer(x), before)
         wake(layer)
         assert (layer(x) - before).abs().max() > 0.01
-    assert not hasattr(inject(integer, r=2), "base_weight")
+    for layer in (integer, sparse):
+        assert not hasattr(inject(layer, r=2), "base_weight")

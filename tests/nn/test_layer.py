@@ -91,7 +91,16 @@ def test_an_optimizer_step_in_eval_mode_is_seen(fused, validate, x):
         agrees(layer, x)
 
 
+def share_and_write(layer):
+    """Another parameter on the same memory, written until its version is that of the first."""
+    other = nn.Parameter(layer.lora_B.data)
+    while other._version < layer.lora_B._version:
+        other.mul_(2)
+    layer.lora_B = other
+
+
 @pytest.mark.parametrize("write", [
+    share_and_write,
     lambda layer: layer.lora_B.mul_(2),
     lambda layer: layer.lora_A.copy_(torch.ones(4, 12)),
     lambda layer: layer.weight.zero_(),
@@ -135,6 +144,8 @@ def test_functional_call_with_other_adapters(x):
     with torch.no_grad():
         out = torch.func.functional_call(layer, other, (x,))
     torch.testing.assert_close(out, nn.functional.linear(x, layer.weight, layer.bias))
+    # no copy is kept of tensors that are only lent
+    assert layer._merged_copy[1][2] is layer.lora_B
     agrees(layer, x)
 
 
