@@ -73,7 +73,7 @@ def find_targets(model, target_modules):
     if target_modules == "all-linear":
         heads = {id(m.get_output_embeddings()) for m in modules.values() if hasattr(m, "get_output_embeddings")}
         found = [name for name, m in linear.items() if id(m) not in heads]
-        for name in [name for name in found if not is_called(*_parent(name, modules))]:
+        for name in [name for name in found if not is_called(name, modules)]:
             found.remove(name)
             warnings.warn(f"fastlora: {name} gets no adapter: its parent never calls it", stacklevel=3)
         check.value(found, "target_modules", f"'all-linear' on a {type(model).__name__}", "a model with linear layers")
@@ -114,16 +114,10 @@ def linear_shape(module):
     return shape if all(isinstance(size, int) for size in shape) else None
 
 
-def _parent(name, modules):
-    """The module that holds this one, and its name there."""
-    parent, _, child = name.rpartition(".")
-    return (modules[parent] if child else None), child
-
-
 def _check_module(name, modules):
     linear = name in modules and linear_shape(modules[name])
     check.value(linear, "target_modules", f"{name!r}", "the name of a linear layer of the model")
-    check_called(*_parent(name, modules), name)
+    check_called(name, modules)
     module, attributes = modules[name], vars(modules[name])
     weight = getattr(module, "weight", None)
     ready = not isinstance(weight, nn.UninitializedParameter) and not hasattr(weight, "device_mesh")

@@ -34,19 +34,20 @@ def _turn(module, on):
             setattr(module, name, 0)
 
 
-def is_called(parent, name):
-    """Whether `parent` calls its child of this name, and does not read its weight instead."""
-    return not (isinstance(parent, nn.MultiheadAttention) and name == "out_proj")
+def is_called(name, modules):
+    """Whether the parent of the module of this name calls it, and does not read its weight instead."""
+    parent, _, child = name.rpartition(".")
+    return not (isinstance(modules[parent], nn.MultiheadAttention) and child == "out_proj")
 
 
-def check_called(parent, name, full_name):
+def check_called(name, modules):
     got = "the out_proj of nn.MultiheadAttention, whose weight is read without calling the layer"
-    check.value(is_called(parent, name), full_name, got, "another linear layer: an adapter there would have no effect")
+    check.value(is_called(name, modules), name, got, "another linear layer: an adapter there would have no effect")
 
 
 def _on_registration(parent, name, child):
     if isinstance(child, LoRALayer):
-        check_called(parent, name, name)
+        check_called(name, {"": parent})
         _turn(parent, on=False)
 
 
