@@ -16,12 +16,13 @@ from fastlora.model import (
     set_scale,
     unmerge,
 )
-from fastlora.nn import Linear, checkpoint_context
+from fastlora.nn import Linear, LoRALayer, checkpoint_context
 from fastlora.ops import lora_expand, lora_linear, lora_shrink
 
 __version__ = "0.1.0"
 __all__ = [
     "Linear",
+    "LoRALayer",
     "checkpoint_context",
     "disable_adapter",
     "enable_input_require_grads",

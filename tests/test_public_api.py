@@ -13,6 +13,7 @@ from fastlora import backends, ops
 
 EXPORTS = {
     "Linear",
+    "LoRALayer",
     "checkpoint_context",
     "disable_adapter",
     "enable_input_require_grads",
