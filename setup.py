@@ -42,7 +42,9 @@ def sources():
 
 
 def extension():
-    """The extension, or None (with the reason printed) where torch cannot be imported."""
+    """The extension, or None: where torch cannot be imported (it says so), and under FASTLORA_NO_EXT=1."""
+    if os.environ.get("FASTLORA_NO_EXT") == "1":
+        return None
     try:
         import torch
         from torch.utils import cpp_extension
