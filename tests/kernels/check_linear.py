@@ -76,7 +76,10 @@ def test_linear(case, dtype):
     got = run(call)
     compare(call, got)
     assert got["y"].dtype == dtype and got["z"].dtype == torch.float32
-    assert all(d.dtype == dtype for d in got["dA"] + got["dB"])
+    grads = got["dA"] + got["dB"]
+    assert all(d.dtype == dtype and d.is_contiguous() for d in grads)
+    # Memory of their own: a caller may write into one of them.
+    assert len({d.untyped_storage().data_ptr() for d in grads if d.numel()}) == sum(d.numel() > 0 for d in grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
