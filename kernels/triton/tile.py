@@ -126,7 +126,7 @@ def split(gradient, adapters, dim):
         return [gradient.to(adapters[0].dtype)]
     parts = gradient.split([a.shape[dim] for a in adapters], dim)
     pairs = zip(parts, adapters, strict=True)
-    return [part.to(a.dtype, copy=True, memory_format=torch.contiguous_format) for part, a in pairs]
+    return [part.to(a.dtype, copy=True) for part, a in pairs]
 
 
 def partial(count, shape, x):
