@@ -142,13 +142,13 @@ def total(parts, count):
 @lru_cache
 def _unsupported(device):
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
-        return f"triton: version {triton.__version__} is older than 3.6"
+        return f"Triton {triton.__version__} is older than 3.6"
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return f"triton: needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests), the input is on {device}"
+        return f"needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests), the input is on {device}"
     if device.type == "cuda" and torch.version.hip:
-        return "triton: the tiles are chosen for NVIDIA GPUs and were never tried on an AMD GPU"
+        return "the tiles are chosen for NVIDIA GPUs and were never tried on an AMD GPU"
     if device.type == "cuda" and _cuda(device.index).arch < 80:
-        return f"triton: needs compute capability 8.0, this GPU has {_cuda(device.index).arch / 10}"
+        return f"needs compute capability 8.0, this GPU has {_cuda(device.index).arch / 10}"
     return None
 
 
@@ -157,8 +157,8 @@ def objection(*args):
     flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, torch.Tensor)]
     x = flat[0]
     if x.dtype == torch.float64:
-        return "triton: the kernels accumulate in fp32 and take no float64"
+        return "the kernels accumulate in fp32 and take no float64"
     for t in flat:
         if t.device != x.device and (t.dim() or t.dtype == torch.int64):
-            return f"triton: tensors on {x.device} and {t.device}"
+            return f"the tensors lie on {x.device} and {t.device}"
     return _unsupported(x.device)
