@@ -100,7 +100,7 @@ struct Outer {
 enum Form { kDot, kDirect, kPacked, kVendor };
 
 constexpr int kGroup = 128;     // columns of w packed together: one read of an x tile serves them
-constexpr int kSteps = 512;     // steps of the summed axis per block
+constexpr int kSteps = 512;     // most steps of the summed axis per block
 constexpr int kRows = 768;      // rows of y per block of partial sums: a multiple of every row tile
 constexpr int kTileRows = 12;   // the tallest row tile
 constexpr int kDotRows = 64;    // rows of x per block of the dot form
@@ -122,7 +122,7 @@ const Kernels* avx2();
 const Kernels* avx512();
 const Kernels* avx512_bf16();   // bfloat16 only; the rest is avx512's
 
-// nanoseconds of n steps of vdpbf16ps and of fp32 FMA in ten independent chains
+// nanoseconds of n steps of vdpbf16ps and of fp32 FMA in independent chains
 void probe_bf16(int n, int64_t* dot, int64_t* fma);
 
 }  // namespace fastlora::cpu

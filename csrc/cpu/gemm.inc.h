@@ -145,20 +145,30 @@ struct Tile {
   int64_t m, rows, n, columns;
 };
 
-template <class T, class S, int MR, int NV>
+constexpr int64_t kChain = 256;   // sums run so far from zero and are added then: a chain over all of K loses digits
+
+template <class T, class S, int MR, int NV, bool whole = false>
 void run_tile(const Gemm& p, const Tile<S>& t) {
   vf acc[MR][NV] = {};
-  if (t.first) {
-    row_tile<Rows<float>, MR, NV>(t.zg, p.R, t.f, t.ldf, p.R, acc);
-    if (t.lanes)
+  if constexpr (whole) {
+    for (int64_t k = 0; k < t.steps; k += kChain) {
+      vf more[MR][NV] = {};
+      row_tile<S, MR, NV>(t.x + k, t.ldx, t.w + k * t.ldw, t.ldw, min(kChain, t.steps - k), more);
       for (int i = 0; i < MR; i++)
-        for (int v = 0; v < NV; v++)
-          acc[i][v] = keep(acc[i][v] * p.mask.scale, kept(t.lanes + i * kLanes + v * VL, p.mask.threshold));
+        for (int v = 0; v < NV; v++) acc[i][v] += more[i][v];
+    }
   } else {
-    for (int i = 0; i < MR; i++)
-      for (int v = 0; v < NV; v++) acc[i][v] = load(t.part + i * kGroup + v * VL);
+    row_tile<S, MR, NV>(t.x, t.ldx, t.w, t.ldw, t.steps, acc);
   }
-  row_tile<S, MR, NV>(t.x, t.ldx, t.w, t.ldw, t.steps, acc);
+  vf more[MR][NV] = {};
+  if (t.first) row_tile<Rows<float>, MR, NV>(t.zg, p.R, t.f, t.ldf, p.R, more);
+  for (int i = 0; i < MR; i++)
+    for (int v = 0; v < NV; v++) {
+      if (!t.first) more[i][v] = load(t.part + i * kGroup + v * VL);
+      if (t.first && t.lanes)
+        more[i][v] = keep(more[i][v] * p.mask.scale, kept(t.lanes + i * kLanes + v * VL, p.mask.threshold));
+      acc[i][v] += more[i][v];
+    }
   if (!t.last) {
     for (int i = 0; i < MR; i++)
       for (int v = 0; v < NV; v++) store(t.part + i * kGroup + v * VL, acc[i][v]);
@@ -220,7 +230,7 @@ int64_t direct_columns(const Gemm& p, Tile<Rows<T>> t, int64_t n, int64_t n1, fl
     if (t.lanes) mask_rows(p, t.m, t.rows, n, NV * VL, lane);
     t.n = n;
     t.w = (const T*)p.w + n;
-    run_tile<T, Rows<T>, MR, NV>(p, t);
+    run_tile<T, Rows<T>, MR, NV, true>(p, t);
   }
   return n;
 }

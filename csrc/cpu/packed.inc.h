@@ -4,6 +4,7 @@
 template <class T>
 struct Packing {   // everything becomes fp32
   typedef Rows<float> S;
+  static constexpr int steps = kSteps / 4 * 3;
   static constexpr int per_step = 1;
   static INLINE vf words(const T* p, int64_t n) { return load_upto(p, n); }
   static INLINE vf column(const T* w, int64_t, int64_t, int64_t n) { return load_upto(w, n); }
@@ -12,6 +13,7 @@ struct Packing {   // everything becomes fp32
 template <>
 struct Packing<bf16> {
   typedef Pairs S;
+  static constexpr int steps = kSteps;
   static constexpr int per_step = 2;
   static INLINE vf words(const bf16* p, int64_t n) {
     return n >= 2 * VL ? get<vf>(p) : (vf)get_wide_part((const uint16_t*)p, n);
@@ -75,7 +77,7 @@ struct Packed {
     w = s.take<float>(kSteps * kGroup);
     f = s.take<float>(p.R * kGroup);
     zg = s.take<float>(kTall * p.R);
-    part = s.take<float>(p.K > kSteps ? kRows * kGroup : 0);
+    part = s.take<float>(kRows * kGroup);
     x = s.take<typename S::X>(kTall * kStride);
     lane = s.take<uint16_t>(kTall * kLanes);
   }
@@ -112,7 +114,10 @@ struct Packed {
 template <class T>
 void gemm_packed(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Scratch s) {
   Packed<T> packed(p, s);
-  constexpr int64_t depth = kSteps * Packing<T>::per_step;
+  // blocks of K of one size
+  constexpr int64_t most = Packing<T>::steps * Packing<T>::per_step;
+  int64_t blocks = p.K > most ? (p.K + most - 1) / most : 1;
+  int64_t depth = round_up((p.K + blocks - 1) / blocks, VL * Packing<T>::per_step);
   for (int64_t m = m0; m < m1; m += kRows)
     for (int64_t n = n0; n < n1; n += kGroup) {
       int64_t columns = min(kGroup, n1 - n), k = 0;

@@ -6,22 +6,30 @@ constexpr int kReduceRows = VL == 16 ? 8 : 4;
 // t[i, :] += d[i, n] b[n, :] and db[n, :] += d[i, n] zg[i, :] for one tile of rows
 template <int MR, bool DB>
 INLINE void reduce_tile(const float* d, const float* b, float* db, const float* zg, float* t, int64_t R, int64_t columns) {
+  constexpr int U = MR < 4 ? 4 / MR : 1;   // more chains where there are few rows
   for (int64_t r = 0; r < R; r += VL) {
-    vf ts[MR], zs[MR];
+    vf ts[MR][U] = {}, zs[MR];
     UNROLL
-    for (int i = 0; i < MR; i++) ts[i] = load(t + i * R + r), zs[i] = load(zg + i * R + r);
-    for (int64_t n = 0; n < columns; n++) {
-      vf bs = load(b + n * R + r), sum = DB ? load(db + n * R + r) : vf{};
+    for (int i = 0; i < MR; i++) zs[i] = load(zg + i * R + r);
+    for (int64_t n = 0; n < columns; n += U) {
       UNROLL
-      for (int i = 0; i < MR; i++) {
-        float s = d[i * kColumns + n];
-        ts[i] += bs * s;
-        if (DB) sum += zs[i] * s;
+      for (int u = 0; u < U; u++) {
+        vf bs = load(b + (n + u) * R + r), sum = {};
+        UNROLL
+        for (int i = 0; i < MR; i++) {
+          float s = d[i * kColumns + n + u];
+          ts[i][u] += bs * s;
+          if (DB) sum += zs[i] * s;
+        }
+        if (DB) store(db + (n + u) * R + r, load(db + (n + u) * R + r) + sum);
       }
-      if (DB) store(db + n * R + r, sum);
     }
     UNROLL
-    for (int i = 0; i < MR; i++) store(t + i * R + r, ts[i]);
+    for (int i = 0; i < MR; i++) {
+      UNROLL
+      for (int u = 1; u < U; u++) ts[i][0] += ts[i][u];
+      store(t + i * R + r, load(t + i * R + r) + ts[i][0]);
+    }
   }
 }
 
@@ -116,11 +124,12 @@ void outer_columns(const Outer& p, int64_t k0, int64_t k1, Scratch s) {
         for (int64_t i = 0; i < rows; i++) dz[r * depth + i] = r < p.R ? p.t[(m + i) * p.R + r] * gate(p.g, m + i, r) : 0;
       for (int64_t r = 0; r < padded; r += MR)
         for (int64_t c = 0; c < columns; c += kPanel) {
-          vf acc[MR][2];
-          float* sum = sums + r * kGroup + c;
-          for (int i = 0; i < MR; i++) acc[i][0] = load(sum + i * kGroup), acc[i][1] = load(sum + i * kGroup + VL);
+          vf acc[MR][2] = {};
           row_tile<Rows<float>, MR, 2>(dz + r * depth, depth, block + c, kGroup, rows, acc);
-          for (int i = 0; i < MR; i++) store(sum + i * kGroup, acc[i][0]), store(sum + i * kGroup + VL, acc[i][1]);
+          for (int i = 0; i < 2 * MR; i++) {
+            float* sum = sums + (r + i / 2) * kGroup + c + i % 2 * VL;
+            store(sum, load(sum) + acc[i / 2][i % 2]);
+          }
         }
     }
     for (int64_t r = 0; r < p.R; r++) __builtin_memcpy(p.da + r * p.K + k, sums + r * kGroup, columns * sizeof(float));

@@ -82,6 +82,9 @@ INLINE vh float_to_half(vf v) {
 INLINE vf widen(vh v, bf16) { return (vf)(__builtin_convertvector(v, vu) << 16); }
 INLINE vf widen(vh v, f16) { return half_to_float(v); }
 INLINE vh narrow(vf v, bf16) {
+#ifdef DOT_BF16
+  return (vh)_mm512_cvtneps_pbh((__m512)v);
+#endif
   vu w = (vu)v, nan = (vu)(v != v), r = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
   return __builtin_convertvector((nan & 0x7fc0) | (~nan & r), vh);
 }
