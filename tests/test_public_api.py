@@ -14,6 +14,7 @@ from fastlora import backends, ops
 EXPORTS = {
     "Linear",
     "LoRALayer",
+    "LoRALayer",
     "checkpoint_context",
     "disable_adapter",
     "enable_input_require_grads",
