@@ -49,6 +49,7 @@ test-all: test .venv/triton-3.6
 
 bench: build
 	$(BIN)/python -m benchmarks.run --op linear --device cpu
+	$(BIN)/python -m benchmarks.run --op smollm2 --device cpu
 	$(BIN)/python -m benchmarks.plot
 
 lint: .venv/installed

@@ -14,7 +14,6 @@ from fastlora import backends, ops
 EXPORTS = {
     "Linear",
     "LoRALayer",
-    "LoRALayer",
     "checkpoint_context",
     "disable_adapter",
     "enable_input_require_grads",
