@@ -67,8 +67,11 @@ def save_adapter(model, folder):
     """
     layers = lora_layers(model)
     bias = _trained_biases(model, layers)
-    state = lora_state_dict(model, bias).items()
-    tensors = {to_peft_name(name, layers): tensor.detach().cpu().contiguous() for name, tensor in state}
+    tensors = {}
+    for name, tensor in _tensors(model, layers, bias):
+        # a copy: safetensors refuses tensors that share memory, as a tied lora_A does
+        copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        tensors[to_peft_name(name, layers)] = copy
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(_config(model, layers, bias), indent=2, sort_keys=True)
@@ -76,8 +79,18 @@ def save_adapter(model, folder):
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def _tensors(model, layers, bias):
+    """(name, tensor) of what a file holds, once for a layer that stands under two names."""
+    for name, layer in layers.items():
+        yield f"{name}.lora_A".lstrip("."), layer.lora_A
+        yield f"{name}.lora_B".lstrip("."), layer.lora_B
+    for name, parameter in model.named_parameters():
+        if "bias" in name and (bias == "all" or bias == "lora_only" and name.rpartition(".")[0] in layers):
+            yield name, parameter
+
+
 def _trained_biases(model, layers):
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and not re.search(r"(^|\.)lora_", name)]
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and not re.search(r"(^|\.)lora_[AB]", n)]
     unsaved = [name for name in trained if "bias" not in name]
     if unsaved:
         warnings.warn(f"fastlora: {', '.join(unsaved[:3])}: trained, but not saved with an adapter", stacklevel=3)
@@ -88,6 +101,8 @@ def _trained_biases(model, layers):
 def _config(model, layers, bias):
     r, lora_alpha = collections.Counter((layer.r, layer.lora_alpha) for layer in layers.values()).most_common(1)[0][0]
     dropout = max(getattr(layer.lora_dropout, "p", 0.0) for layer in layers.values())
+    # a pattern's key is the end of a name
+    keys = {name: f"^{name}" if any(n.endswith(f".{name}") for n in layers) else name for name in layers}
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -97,8 +112,8 @@ def _config(model, layers, bias):
         "lora_alpha": lora_alpha,
         "lora_dropout": dropout,
         "target_modules": _short_targets(model, layers),
-        "rank_pattern": {name: layer.r for name, layer in layers.items() if layer.r != r},
-        "alpha_pattern": {name: layer.lora_alpha for name, layer in layers.items() if layer.lora_alpha != lora_alpha},
+        "rank_pattern": {keys[name]: layer.r for name, layer in layers.items() if layer.r != r},
+        "alpha_pattern": {keys[n]: layer.lora_alpha for n, layer in layers.items() if layer.lora_alpha != lora_alpha},
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "bias": bias,
         "init_lora_weights": True,
@@ -145,6 +160,8 @@ def load_adapter(model, folder, dtype=None):
         layer.refresh()
     for parameter, tensor in base:
         parameter.copy_(tensor)
+        # as the adapters, and so saved with them again
+        parameter.requires_grad = isinstance(parameter, torch.nn.Parameter)
     return model
 
 
@@ -178,7 +195,7 @@ def _plan(model, config, tensors):
 
 def _check_base_tensors(model, config, tensors):
     """[(parameter, its trained value)]: biases. PEFT also saves copies of embeddings, which must be the model's own."""
-    state, trained = model.state_dict(), []
+    state, trained = model.state_dict(keep_vars=True), []
     for name, tensor in tensors.items():
         if re.search(r"(^|\.)lora_[AB]$", name):
             continue

@@ -106,6 +106,25 @@ def test_trained_biases_are_part_of_it(bias, tmp_path):
                 parameter.add_(0.1)
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == bias
+    loaded = load_adapter(copy.deepcopy(base), tmp_path)
+    assert torch.equal(loaded(x), model(x))
+    torch.testing.assert_close(peft_logits(tmp_path, base, x), model(x))
+    save_adapter(loaded, tmp_path / "again")
+    assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path / "again")(x), model(x))
+
+
+def test_a_layer_under_two_names(tmp_path):
+    layer = nn.Linear(4, 4)
+    base, x = nn.Sequential(layer, nn.ReLU(), layer), torch.randn(2, 4)
+    model = wake(inject(copy.deepcopy(base), r=2))
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(base, tmp_path)(x), model(x))
+
+
+def test_a_name_that_ends_another(tmp_path):
+    base, x = nn.Sequential(nn.Linear(4, 4), *(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))), torch.ones(4)
+    model = wake(adapt(copy.deepcopy(base), {"0": (2, 3), "1.0": (4, 5), "2.0": (4, 5)}))
+    save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(copy.deepcopy(base), tmp_path)(x), model(x))
     torch.testing.assert_close(peft_logits(tmp_path, base, x), model(x))
 
