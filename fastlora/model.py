@@ -19,6 +19,9 @@ from fastlora.ops import check
 
 # exact types whose forward is x Wᵀ + bias -> whether W is stored (in, out)
 _dense_types = {nn.Linear: False}
+# what an adapter adds to a module, and takes away again
+_OWN = ("r", "lora_alpha", "lora_dropout", "lora_A", "lora_B", "scaling", "fan_in_fan_out", "merged", "merge_weights",
+        "_merged_copy", "_ran_off")  # fmt: skip
 # module that defines a type of linear layer -> ours that registers it, loaded once the former is
 _INTEGRATIONS = {"transformers.pytorch_utils": "fastlora.integrations.transformers"}
 
@@ -119,6 +122,9 @@ def _check_module(name, modules):
     check.value(linear, "target_modules", f"{name!r}", "the name of a linear layer of the model")
     check_called(name, modules)
     module, attributes = modules[name], vars(modules[name])
+    taken = [own for own in _OWN if hasattr(module, own)]
+    got = f"a {type(module).__name__} with a {' and a '.join(taken)} of its own"
+    check.value(not taken, name, got, "a layer without an adapter")
     weight = getattr(module, "weight", None)
     ready = not isinstance(weight, nn.UninitializedParameter) and not hasattr(weight, "device_mesh")
     check.value(ready, name, f"a {type(weight).__name__} as weight", "one that has a shape and is not yet sharded")
@@ -173,12 +179,9 @@ def _make_plain(model, merged):
         if weight is not None:
             weight = weight if base is nn.Linear or not layer.fan_in_fan_out else weight.t()
             layer.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
-        for name in ("lora_A", "lora_B", "lora_dropout"):
-            layer._parameters.pop(name, None)
-            layer._modules.pop(name, None)
-        for name in ("r", "lora_alpha", "lora_dropout", "scaling", "fan_in_fan_out", "merged", "merge_weights",
-                     "_merged_copy", "_ran_off"):  # fmt: skip
-            vars(layer).pop(name, None)
+        for name in _OWN:
+            for attributes in (layer._parameters, layer._modules, vars(layer)):
+                attributes.pop(name, None)
         _change_class(layer, base)
     update_fast_paths(model)
     return model

@@ -120,6 +120,12 @@ def test_injecting_twice_is_an_error():
         inject(model, r=2, target_modules="down")
 
 
+def test_a_layer_with_an_adapter_of_another_library_is_refused():
+    for layer in (pytest.importorskip("loralib").Linear(6, 4, r=2), pytest.importorskip("loralib").Linear(6, 4)):
+        with pytest.raises(ValueError, match="0: got a Linear with a r and a lora_alpha"):
+            inject(nn.Sequential(layer), r=2)
+
+
 def test_hooks_ties_pickle_deepcopy_and_base_checkpoints_stay():
     model, ids = build()
     base = copy.deepcopy(model)
