@@ -27,13 +27,19 @@ def tensors(name, given):
     return list(given)
 
 
+def dense(name, t):
+    kind(t.layout == torch.strided, name, t.layout, "a dense tensor")
+
+
 def same(name, t, x):
-    """t has x's device and dtype."""
+    """t is dense, with x's device and dtype."""
+    dense(name, t)
     kind(t.dtype == x.dtype, name, t.dtype, f"{x.dtype}, as x")
     value(t.device == x.device, name, f"a tensor on {t.device}", f"{x.device}, as x")
 
 
 def matrix(name, t, rows, columns, x):
+    dense(name, t)
     value(
         t.dim() == 2 and (rows is None or t.shape[0] == rows) and (columns is None or t.shape[1] == columns),
         name,
@@ -50,6 +56,7 @@ def matrix(name, t, rows, columns, x):
 
 
 def floating(name, t):
+    dense(name, t)
     kind(t.dtype in _FLOATS, name, t.dtype, "float32, bfloat16, float16 or float64")
 
 

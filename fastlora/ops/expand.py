@@ -5,7 +5,7 @@ import torch
 from fastlora import backends
 from fastlora.ops import check
 from fastlora.ops.gate import expand_gate, gate_backward
-from fastlora.ops.library import autocast_in_python, define, scalar
+from fastlora.ops.library import define, scalar
 from fastlora.ops.shrink import flat, join
 
 
@@ -99,4 +99,3 @@ def _backward(ctx, dy):
 def register_python_autograd():
     """The autograd formula and autocast where `_C` is missing."""
     torch.library.register_autograd("fastlora::lora_expand", _backward, setup_context=_setup)
-    autocast_in_python("lora_expand", (0,))

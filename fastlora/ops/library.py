@@ -1,8 +1,11 @@
 """The `fastlora` namespace of torch.library: how an op is declared."""
 
+import numbers
+
 import torch
 
 from fastlora import backends
+from fastlora.ops import check
 
 lib = torch.library.Library("fastlora", "FRAGMENT")
 
@@ -44,6 +47,8 @@ def scalar(value):
         return value
     if torch.compiler.is_compiling():
         return torch.full((), float(value))
+    if type(value) not in (float, int):
+        check.kind(isinstance(value, numbers.Real), "scaling", type(value).__name__, "a number or a tensor")
     cached = _scalars.get(value)
     if cached is None:
         if len(_scalars) >= 4096:

@@ -40,6 +40,11 @@ LINEAR = [
     ("seed", TypeError, dict(dropout_p=0.5, training=True, seed=torch.tensor(1.0))),
     ("seed", ValueError, dict(dropout_p=0.5, training=True, seed=torch.tensor([1]))),
     ("weight", ValueError, dict(weight=w.to("meta"))),
+    ("x", TypeError, dict(x=x.to_sparse())),
+    ("weight", TypeError, dict(weight=w.to_sparse_csr())),
+    ("lora_A", TypeError, dict(lora_A=a.to_sparse())),
+    ("scaling", TypeError, dict(scaling="half")),
+    ("scaling", TypeError, dict(scaling=[1.0])),
 ]
 
 
@@ -78,8 +83,3 @@ def test_halves(backend):
     refuse("columns", ValueError, lambda: lora_expand(y, z, b, columns=(1,)))
     refuse("scaling", ValueError, lambda: lora_expand(y, z, b, torch.ones(5)))
     refuse("gates", ValueError, lambda: lora_expand(y, z, b, gates=torch.ones(4)))
-
-
-def test_scaling_must_be_a_number():
-    with pytest.raises((TypeError, ValueError)):
-        lora_linear(x, w, a, b, "half")
