@@ -131,17 +131,19 @@ def check_round_trip(model, trained, probe):
 def show_times(model, blocks):
     adapted = {m: models.randomize(models.adapted(model, m)) for m in METHODS}
     forward, prompt = blocks[:BATCH], blocks[:1, :64]
+    print("   " + f"{'':22}" + "".join(f"{m:>20}" for m in METHODS))
     with torch.inference_mode():
         calls = {m: (lambda net=net: net(forward, use_cache=False)) for m, net in adapted.items()}
-        rows = {f"forward, {forward.numel()} tokens": clock.time_cpu(calls, seconds=3, rounds=(4, 20))}
+        show_row(f"forward, {forward.numel()} tokens", clock.time_cpu(calls, seconds=3, rounds=(4, 20)))
         calls = {m: models.decode_step(net, prompt) for m, net in adapted.items()}
-        rows["decode one token"] = clock.time_cpu(calls, seconds=3, rounds=(10, 50))
+        show_row("decode one token", clock.time_cpu(calls, seconds=3, rounds=(10, 50)))
     calls = {m: models.training_step(net, forward) for m, net in adapted.items()}
-    rows["forward + backward"] = clock.time_cpu(calls, seconds=5, rounds=(3, 10))
-    print("   " + f"{'':22}" + "".join(f"{m:>20}" for m in METHODS))
-    for name, timing in rows.items():
-        cells = [f"{timing.quantiles(m)[1] * 1e3:.1f} ms ({timing.ratio(m, 'base'):.2f}x)" for m in METHODS]
-        print(f"   {name:22}" + "".join(f"{c:>20}" for c in cells))
+    show_row("forward + backward", clock.time_cpu(calls, seconds=5, rounds=(3, 10)))
+
+
+def show_row(name, timing):
+    cells = [f"{timing.quantiles(m)[1] * 1e3:.1f} ms ({timing.ratio(m, 'base'):.2f}x)" for m in METHODS]
+    print(f"   {name:22}" + "".join(f"{c:>20}" for c in cells), flush=True)
 
 
 if __name__ == "__main__":
