@@ -33,8 +33,9 @@ Tensor gradient_of_x(const Rows& dy, const Tensor& x, const Tensor& weight, cons
 LinearBackward linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
   if (!takes(x, lora_A) || !takes(weight, lora_B)) return composed::linear_backward(FASTLORA_LINEAR_BACKWARD);
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, need_column] = needs;
-  const auto none = nothing(x);
-  auto dx = none, dweight = none, dscaling = none, dbias = none, dgates = none, dcolumn = none;
+  // one fresh tensor each: outputs of an op must not alias
+  auto dx = nothing(x), dweight = nothing(x), dscaling = nothing(x), dbias = nothing(x), dgates = nothing(x),
+       dcolumn = nothing(x);
   Tensors dA, dB;
   // DoRA: dy meets its columns' scale first; bias and scale have sums of their own
   const auto dv = column_scale ? (dy.to(at::kFloat) * column_scale->to(at::kFloat)).to(x.scalar_type()) : dy;
