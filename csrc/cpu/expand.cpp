@@ -39,7 +39,7 @@ ExpandBackward expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
   Reduce p{type_of(dy), rows.M, stop - start, R, static_cast<const char*>(rows.data) + start * dy.element_size(), rows.ld,
            static_cast<int>(b.list.size()), b.list.data(), z_rows.const_data_ptr<float>(), gates_of(gate)};
   const auto sums = run(p, dy, need_B, false);
-  auto dz = nothing(z), dscaling = dz, dgates = dz;
+  auto dz = nothing(z), dscaling = nothing(z), dgates = nothing(z);
   if (need_z) dz = gate.times(sums.t).to(z.scalar_type()).view(z.sizes());
   if (need_scaling || need_gates)
     std::tie(dscaling, dgates) = gate_backward(sums.t * z_rows, scaling, gates, ranks, dy, need_scaling, need_gates);
