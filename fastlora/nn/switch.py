@@ -12,8 +12,10 @@ import torch
 
 
 class _Switch(threading.local):
-    off = frozenset()
-    restored = False
+    def __init__(self):
+        # in the instance from the start: Dynamo's guard on an attribute of the class would miss the first block.
+        # `off` holds the layers' ids, as of a set of modules Dynamo guards the length alone
+        self.off, self.restored = frozenset(), False
 
 
 switch = _Switch()
@@ -31,7 +33,7 @@ def _set(off, restored):
 
 def turned_off(layers):
     """Context manager: in this thread, these layers too run without their adapters."""
-    return _set(switch.off | frozenset(layers), switch.restored)
+    return _set(switch.off | frozenset(map(id, layers)), switch.restored)
 
 
 def checkpoint_context():
@@ -41,7 +43,7 @@ def checkpoint_context():
 
 def is_off(layer):
     """Whether this thread runs `layer` without its adapter. Raises RuntimeError in a recompute that cannot know."""
-    off = layer in switch.off
+    off = id(layer) in switch.off
     if torch.compiler.is_compiling() or switch.restored or not torch.is_grad_enabled():
         return off
     # inside a backward pass a forward is a recompute

@@ -73,6 +73,33 @@ def test_compiled_code_sees_the_switch():
             torch.testing.assert_close(compiled(x), base(x))
 
 
+def test_compiled_code_sees_the_first_switch_of_a_thread():
+    torch._dynamo.reset()
+    model, base, x = build()
+    compiled, seen = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+
+    def run():
+        seen.append(compiled(x))
+        with disable_adapter(model):
+            seen.append(compiled(x))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(seen, [model(x), base(x)])
+
+
+def test_compiled_code_knows_whose_adapters_are_off():
+    (model, base, x), (other, _, _) = build(), build()
+    compiled, others = (torch.compile(m, fullgraph=True, backend="aot_eager") for m in (model, other))
+    with disable_adapter(model):
+        torch.testing.assert_close(compiled(x), base(x))
+        torch.testing.assert_close(others(x), other(x))
+    with disable_adapter(other):
+        torch.testing.assert_close(others(x), base(x))
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def gradient(model, x, run, off_in_forward, off_in_backward):
     model.train()
     x = x.detach().requires_grad_()
