@@ -129,6 +129,9 @@ def kernel(op, check=None):
     """The op's kernel where no C++ one runs: it checks the arguments and runs the first back-end of the walk."""
 
     def run(*args):
+        # where no C++ formula refuses it: the formulas in Python drop tangents without a word
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise NotImplementedError("fastlora: forward-mode AD (jvp) is not implemented")
         if check:
             check(*args)
         asked = walk(op, *args)

@@ -103,6 +103,10 @@ with torch.autocast("cpu", torch.bfloat16):
     assert lora_linear(*low).dtype == torch.bfloat16
 compiled = torch.compile(lambda x: lora_linear(x, w, a, b, 0.5, bias), fullgraph=True, backend="aot_eager")
 torch.testing.assert_close(compiled(x), lora_linear(x, w, a, b, 0.5, bias))
+for call in (lambda t: lora_linear(t, w, a, b), lambda t: lora_shrink(t, a)):
+    try: torch.func.jvp(call, (x,), (x,))
+    except NotImplementedError as error: assert "forward-mode" in str(error)
+    else: raise AssertionError("a tangent was dropped")
 print("right without _C")
 """
 

@@ -130,19 +130,18 @@ lora_linear_backward_op = define(
 
 
 def _setup(ctx, inputs, output):
-    x, weight, lora_A, lora_B, scaling, bias, gates, ctx.ranks, column_scale, ctx.p, seed = inputs
+    x, weight, lora_A, lora_B, scaling, _, gates, ctx.ranks, column_scale, ctx.p, seed = inputs
     _, z, u = output
     ctx.mark_non_differentiable(z, u)
-    ctx.pairs, ctx.need_bias = len(lora_A), bias is not None and bias.requires_grad
+    ctx.pairs = len(lora_A)
     ctx.save_for_backward(x, weight, scaling, gates, column_scale, seed, z, u, *lora_A, *lora_B)
 
 
 def _backward(ctx, dy, *_):
     x, weight, scaling, gates, column_scale, seed, z, u, *adapters = ctx.saved_tensors
     A, B = adapters[: ctx.pairs], adapters[ctx.pairs :]
-    wanted = (x, weight, A, B, scaling, None, gates, column_scale)
-    needs = [any(t.requires_grad for t in (w if isinstance(w, list) else [w]) if t is not None) for w in wanted]
-    needs[5] = ctx.need_bias
+    need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, _, need_column, *_ = ctx.needs_input_grad
+    needs = [need_x, need_weight, any(need_A), any(need_B), need_scaling, need_bias, need_gates, need_column]
     grads = lora_linear_backward_op(
         dy, x, weight, A, B, scaling, gates, ctx.ranks, column_scale, ctx.p, seed, z, u, needs
     )
