@@ -130,50 +130,34 @@ constexpr int kTall = VL == 16 ? 12 : 6;         // rows of the tallest tile
 constexpr int kStride = kSteps + 16;             // of the packed rows of x: rows of a power of two would share cache sets
 constexpr bool kWide = VL == 16;
 
-// One tile in hand: where its operands are and what it does at its first and last block of K.
+// One tile in hand. To the product of x and w it adds the sums so far and, at one of its blocks of K, the update.
 template <class S>
 struct Tile {
   const typename S::X* x;
   int64_t ldx;
   const typename S::W* w;
   int64_t ldw, steps;
-  const float *zg, *f;        // [rows, R] and [R, columns] fp32
+  const float *zg, *f;        // [rows, R] and [R, columns] fp32; null: no update
   int64_t ldf;
   const uint16_t* lanes;      // of the first row and column, rows kLanes apart; null: no mask
-  float* part;                // [rows, kGroup]; null: this block is the only one
-  bool first, last;
-  int64_t m, rows, n, columns;
+  const float* sums;          // null: none so far
+  float* part;                // where the sums go; null: they are y
+  int64_t ldpart, m, rows, n, columns;
 };
 
-constexpr int64_t kChain = 256;   // sums run so far from zero and are added then: a chain over all of K loses digits
-
-template <class T, class S, int MR, int NV, bool whole = false>
+template <class T, class S, int MR, int NV>
 void run_tile(const Gemm& p, const Tile<S>& t) {
-  vf acc[MR][NV] = {};
-  if constexpr (whole) {
-    for (int64_t k = 0; k < t.steps; k += kChain) {
-      vf more[MR][NV] = {};
-      row_tile<S, MR, NV>(t.x + k, t.ldx, t.w + k * t.ldw, t.ldw, min(kChain, t.steps - k), more);
-      for (int i = 0; i < MR; i++)
-        for (int v = 0; v < NV; v++) acc[i][v] += more[i][v];
-    }
-  } else {
-    row_tile<S, MR, NV>(t.x, t.ldx, t.w, t.ldw, t.steps, acc);
-  }
-  vf more[MR][NV] = {};
-  if (t.first) row_tile<Rows<float>, MR, NV>(t.zg, p.R, t.f, t.ldf, p.R, more);
+  vf acc[MR][NV] = {}, update[MR][NV] = {};
+  row_tile<S, MR, NV>(t.x, t.ldx, t.w, t.ldw, t.steps, acc);
+  if (t.zg) row_tile<Rows<float>, MR, NV>(t.zg, p.R, t.f, t.ldf, p.R, update);
   for (int i = 0; i < MR; i++)
     for (int v = 0; v < NV; v++) {
-      if (!t.first) more[i][v] = load(t.part + i * kGroup + v * VL);
-      if (t.first && t.lanes)
-        more[i][v] = keep(more[i][v] * p.mask.scale, kept(t.lanes + i * kLanes + v * VL, p.mask.threshold));
-      acc[i][v] += more[i][v];
+      vf u = update[i][v];
+      if (t.lanes) u = keep(u * p.mask.scale, kept(t.lanes + i * kLanes + v * VL, p.mask.threshold));
+      acc[i][v] += t.sums ? u + load(t.sums + i * t.ldpart + v * VL) : u;
+      if (t.part) store(t.part + i * t.ldpart + v * VL, acc[i][v]);
     }
-  if (!t.last) {
-    for (int i = 0; i < MR; i++)
-      for (int v = 0; v < NV; v++) store(t.part + i * kGroup + v * VL, acc[i][v]);
-    return;
-  }
+  if (t.part) return;
   UNROLL
   for (int i = 0; i < MR; i++) {
     UNROLL
@@ -218,43 +202,70 @@ void mask_rows(const Gemm& p, int64_t m, int64_t rows, int64_t n, int64_t column
   }
 }
 
-// direct form: a few rows of x, w along n and read once, where it lies
+// direct form: a few rows of x; w along n and read once, where it lies, eight of its rows at a time from end to end: the
+// rows lie far apart, and only long runs are prefetched
+
+constexpr int64_t kSlab = 1024;   // columns whose sums stay in the first-level cache
+constexpr int64_t kDepth = 8;
 
 template <class T, int MR, int NV>
-int64_t direct_columns(const Gemm& p, Tile<Rows<T>> t, int64_t n, int64_t n1, float* f, uint16_t* lane) {
-  if (p.mask.threshold && p.R) t.lanes = lane;
-  t.ldf = NV * VL;
-  t.columns = NV * VL;
+INLINE int64_t slab_columns(const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t steps, float* sums, int64_t n,
+                            int64_t n1) {
   for (; n + NV * VL <= n1; n += NV * VL) {
-    pack_factors<T>(p, n, NV * VL, NV * VL, f);
-    if (t.lanes) mask_rows(p, t.m, t.rows, n, NV * VL, lane);
-    t.n = n;
-    t.w = (const T*)p.w + n;
-    run_tile<T, Rows<T>, MR, NV, true>(p, t);
+    vf acc[MR][NV] = {};
+    if (steps == kDepth) {
+      UNROLL
+      for (int64_t k = 0; k < kDepth; k++) row_tile<Rows<T>, MR, NV>(x + k, ldx, w + n + k * ldw, ldw, 1, acc);
+    } else {
+      row_tile<Rows<T>, MR, NV>(x, ldx, w + n, ldw, steps, acc);
+    }
+    for (int i = 0; i < MR; i++)
+      for (int v = 0; v < NV; v++) {
+        float* sum = sums + i * kSlab + n + v * VL;
+        store(sum, load(sum) + acc[i][v]);
+      }
   }
   return n;
 }
 template <class T, int MR>
-int64_t direct_rows(const Gemm& p, Tile<Rows<T>>& t, int64_t n, int64_t n1, float* f, uint16_t* lane) {
-  constexpr int wide = (kWide ? 16 : 8) / (MR < 2 ? 2 : MR);
-  n = direct_columns<T, MR, wide>(p, t, n, n1, f, lane);
-  return direct_columns<T, MR, 2>(p, t, n, n1, f, lane);
+void direct_slab(const Gemm& p, int64_t m, int64_t rows, int64_t n0, int64_t columns, const float* x, const float* zg,
+                 Scratch s) {
+  constexpr int wide = (kWide ? 16 : 8) / (MR < 2 ? 2 : MR), width = 2 * VL;
+  float *sums = s.take<float>(MR * kSlab), *f = s.take<float>(p.R * width);
+  uint16_t* lane = s.take<uint16_t>(MR * kLanes);
+  const T* w = (const T*)p.w + n0;
+  for (int64_t i = 0; i < MR * kSlab; i += VL) store(sums + i, vf{});
+  for (int64_t k = 0; k < p.K; k += kDepth, w += kDepth * p.ldw) {
+    int64_t steps = min(kDepth, p.K - k);
+    int64_t n = slab_columns<T, MR, wide>(x + k, p.K, w, p.ldw, steps, sums, 0, columns);
+    slab_columns<T, MR, 2>(x + k, p.K, w, p.ldw, steps, sums, n, columns);
+  }
+  bool masked = p.mask.threshold && p.R;
+  for (int64_t n = 0; n < columns; n += width) {
+    pack_factors<T>(p, n0 + n, width, width, f);
+    if (masked) mask_rows(p, m, rows, n0 + n, width, lane);
+    Tile<Rows<T>> t = {x, 0, w, 0, 0, zg, f, width, masked ? lane : nullptr, sums + n, nullptr, kSlab,
+                       m, rows, n0 + n, width};
+    run_tile<T, Rows<T>, MR, 2>(p, t);
+  }
 }
+// Returns the first column that is in no whole tile.
 template <class T>
 int64_t gemm_direct(const Gemm& p, int64_t m, int64_t rows, int64_t n0, int64_t n1, Scratch s) {
-  int64_t padded = rows < 3 ? rows : 4;
-  float* f = s.take<float>(p.R * kGroup);
+  int64_t padded = rows < 3 ? rows : 4, whole = n0 + (n1 - n0) / (2 * VL) * (2 * VL);
   float* zg = s.take<float>(padded * p.R);
   float* x = s.take<float>(padded * p.K);
-  uint16_t* lane = s.take<uint16_t>(4 * kLanes);
   gated_rows(p, m, rows, padded, zg);
   for (int64_t i = 0; i < padded; i++)
     for (int64_t k = 0; k < p.K; k += VL) {
       int64_t left = p.K - k;
       store_upto(x + i * p.K + k, i < rows ? load_upto((const T*)p.x + (m + i) * p.ldx + k, left) : vf{}, left);
     }
-  Tile<Rows<T>> t = {x, p.K, nullptr, p.ldw, p.K, zg, f, 0, nullptr, nullptr, true, true, m, rows, 0, 0};
-  if (padded == 1) return direct_rows<T, 1>(p, t, n0, n1, f, lane);
-  if (padded == 2) return direct_rows<T, 2>(p, t, n0, n1, f, lane);
-  return direct_rows<T, 4>(p, t, n0, n1, f, lane);
+  for (int64_t n = n0; n < whole; n += kSlab) {
+    int64_t columns = min(kSlab, whole - n);
+    if (padded == 1) direct_slab<T, 1>(p, m, rows, n, columns, x, zg, s);
+    if (padded == 2) direct_slab<T, 2>(p, m, rows, n, columns, x, zg, s);
+    if (padded == 4) direct_slab<T, 4>(p, m, rows, n, columns, x, zg, s);
+  }
+  return whole;
 }

@@ -27,25 +27,27 @@ struct Packing<bf16> {
 };
 #endif
 
-// w(n .. n + columns, k .. k + depth) as [steps, kPanel], zero beyond
+// w(n .. n + columns, k .. k + depth) as panels of [steps, kPanel], kSteps * kPanel apart, zero beyond
 template <class T>
-void pack_panel(const Gemm& p, int64_t n, int64_t columns, int64_t k, int64_t depth, float* out) {
+void pack_group(const Gemm& p, int64_t n, int64_t columns, int64_t k, int64_t depth, float* out) {
   typedef Packing<T> P;
   const T* w = (const T*)p.w;
+  int64_t padded = round_up(columns, kPanel);
   if (!p.w_along_k) {
-    for (int64_t d = 0; d < depth; d += P::per_step, out += kPanel)
-      for (int64_t v = 0; v < kPanel; v += VL)
-        store(out + v, v < columns ? P::column(w + (k + d) * p.ldw + n + v, p.ldw, depth - d, columns - v) : vf{});
+    for (int64_t d = 0; d < depth; d += P::per_step)
+      for (int64_t v = 0; v < padded; v += VL)
+        store(out + v / kPanel * kPanel * kSteps + d / P::per_step * kPanel + v % kPanel,
+              v < columns ? P::column(w + (k + d) * p.ldw + n + v, p.ldw, depth - d, columns - v) : vf{});
     return;
   }
-  for (int64_t v = 0; v < kPanel; v += VL)
+  for (int64_t v = 0; v < padded; v += VL)
     for (int64_t d = 0; d < depth; d += VL * P::per_step) {
       vf block[VL];
       UNROLL
       for (int j = 0; j < VL; j++)
         block[j] = v + j < columns ? P::words(w + (n + v + j) * p.ldw + k + d, depth - d) : vf{};
       transpose(block);
-      float* to = out + d / P::per_step * kPanel + v;
+      float* to = out + v / kPanel * kPanel * kSteps + d / P::per_step * kPanel + v % kPanel;
       UNROLL
       for (int j = 0; j < VL; j++) store(to + j * kPanel, block[j]);
     }
@@ -91,7 +93,7 @@ struct Packed {
   // one group of columns, one block of K, the rows m0 .. m1
   void block(int64_t m0, int64_t m1, int64_t n, int64_t columns, int64_t k, int64_t depth) {
     bool first = k == 0, last = k + depth == p.K, masked = first && p.mask.threshold && p.R;
-    for (int64_t c = 0; c < columns; c += kPanel) pack_panel<T>(p, n + c, columns - c, k, depth, w + c * kSteps);
+    pack_group<T>(p, n, columns, k, depth, w);
     for (int64_t m = m0; m < m1;) {
       // the last two tiles share what is left evenly
       int64_t left = m1 - m, rows = left > kTall && left < 2 * kTall ? (left + 1) / 2 : min(left, kTall);
@@ -101,9 +103,10 @@ struct Packed {
       if (first) gated_rows(p, m, rows, padded, zg);
       if (masked) mask_rows(p, m, rows, n, columns, lane);
       for (int64_t c = 0; c < columns; c += kPanel) {
+        float* sums = part + (m - m0) * kGroup + c;
         Tile<S> t = {x, kStride, (const typename S::W*)(w + c * kSteps), kPanel, (depth + P::per_step - 1) / P::per_step,
-                     zg, f + c * p.R, kPanel, masked ? lane + c : nullptr, part + (m - m0) * kGroup + c,
-                     first, last, m, rows, n + c, columns - c};
+                     first ? zg : nullptr, f + c * p.R, kPanel, masked ? lane + c : nullptr, first ? nullptr : sums,
+                     last ? nullptr : sums, kGroup, m, rows, n + c, columns - c};
         any_rows<T>(p, t, padded);
       }
       m += rows;
