@@ -1,5 +1,6 @@
 // What the autograd formulas share.
 #pragma once
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/FunctionsManual.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
@@ -15,6 +16,14 @@ inline bool has_tangent(TensorList ts) { return torch::autograd::isFwGradDefined
 template <class... Inputs>
 void refuse_forward_mode(const Inputs&... inputs) {
   TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(inputs) || ...), "fastlora: forward-mode AD (jvp) is not implemented");
+}
+
+// Under autocast float32 masters stay, which the kernels take; adapters in another half type follow the autocast dtype.
+inline Tensors autocast_adapters(TensorList adapters, at::ScalarType dtype, at::DeviceType device) {
+  Tensors cast;
+  for (const auto& t : adapters)
+    cast.push_back(t.scalar_type() == at::kFloat ? t : at::autocast::cached_cast(dtype, t, device));
+  return cast;
 }
 
 }  // namespace fastlora

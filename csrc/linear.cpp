@@ -1,5 +1,4 @@
 // lora_linear: entry points, autograd formula, autocast.
-#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "autograd.h"
@@ -115,9 +114,9 @@ Tensor lora_linear_autocast(FASTLORA_LINEAR_ARGS) {
   static const auto op = find_op<Op>("fastlora::lora_linear");
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto dtype = at::autocast::get_autocast_dtype(device);
-  // adapters, gates and scales keep their dtype: the kernel takes float32 masters
   const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
-  return op.call(cast(x), cast(weight), lora_A, lora_B, scaling, bias ? MaybeTensor(cast(*bias)) : bias, gates, ranks,
+  return op.call(cast(x), cast(weight), autocast_adapters(lora_A, dtype, device),
+                 autocast_adapters(lora_B, dtype, device), scaling, bias ? MaybeTensor(cast(*bias)) : bias, gates, ranks,
                  column_scale, dropout_p, seed);
 }
 

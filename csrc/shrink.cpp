@@ -1,5 +1,4 @@
 // lora_shrink, lora_dropout and draw_seed: entry points, autograd formula, autocast.
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/randint.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -76,7 +75,8 @@ template <at::DeviceType device>
 Tensor lora_shrink_autocast(FASTLORA_SHRINK_ARGS) {
   static const auto op = find_op<Op>("fastlora::lora_shrink");
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  return op.call(at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), x, device), lora_A, dropout_p, seed);
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  return op.call(at::autocast::cached_cast(dtype, x, device), autocast_adapters(lora_A, dtype, device), dropout_p, seed);
 }
 
 template Tensor lora_shrink_autocast<at::kCPU>(FASTLORA_SHRINK_ARGS);

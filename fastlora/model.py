@@ -32,10 +32,10 @@ def register_linear(cls, fan_in_fan_out=False):
 
 
 def lora_layers(model):
-    """{name: layer} of the layers with an adapter; ValueError when there is none."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer) and m.r}
+    """{name: layer} of the layers with an adapter; ValueError for a model without LoRA layers of any rank."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
     check.value(layers, "model", f"a {type(model).__name__} without LoRA layers", "an injected model")
-    return layers
+    return {name: m for name, m in layers.items() if m.r}
 
 
 def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-linear", dtype=None):

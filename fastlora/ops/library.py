@@ -24,14 +24,19 @@ def define(name, arguments, returns, fake, check=None):
     return getattr(torch.ops.fastlora, name).default
 
 
-def autocast_in_python(name, cast):
-    """Autocast where `_C` is missing: the arguments at the positions in `cast` get the autocast dtype, others stay."""
+def autocast_in_python(name, cast, adapters):
+    """Autocast where `_C` is missing: the arguments at the positions in `cast` get the autocast dtype.
+
+    So do the half tensors of the lists at the positions in `adapters`; float32 masters stay, which the kernels take.
+    """
     op = getattr(torch.ops.fastlora, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def kernel(*args, device=device, key=key):
             dtype = torch.get_autocast_dtype(device)
             args = list(args)
+            for i in adapters:
+                args[i] = [t if t.dtype == torch.float32 else t.to(dtype) for t in args[i]]
             for i in cast:
                 if args[i] is not None and args[i].is_floating_point() and args[i].dtype != torch.float64:
                     args[i] = args[i].to(dtype)

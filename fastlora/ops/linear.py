@@ -155,4 +155,4 @@ def register_python_autograd():
     """The autograd formula and autocast where `_C` is missing."""
     torch.library.register_autograd("fastlora::lora_linear_forward", _backward, setup_context=_setup)
     lib.impl("lora_linear", lambda *args: lora_linear_forward_op(*args)[0], "Autograd")
-    autocast_in_python("lora_linear", (0, 1, 5))
+    autocast_in_python("lora_linear", (0, 1, 5), (2, 3))

@@ -104,4 +104,4 @@ def _backward(ctx, dz):
 def register_python_autograd():
     """The autograd formula and autocast where `_C` is missing."""
     torch.library.register_autograd("fastlora::lora_shrink", _backward, setup_context=_setup)
-    autocast_in_python("lora_shrink", (0,))
+    autocast_in_python("lora_shrink", (0,), (1,))

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import backends, lora_expand, lora_linear, lora_shrink
+from fastlora.testing import assert_accurate
 
 ops = torch.ops.fastlora
 
@@ -95,21 +96,20 @@ def test_gradcheck(backend):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(backend, compiler):
-    x, w, a, b = draw()
-    bias = torch.randn(12, requires_grad=True)
-
-    def run(x):
+    def run(x, w, a, b, bias):
         y = lora_linear(torch.relu(x), w, a, b, 0.5, bias)
         z = lora_shrink(y, b.t())
         return lora_expand(y, z, w[:, :4], 2.0).sin()
 
-    compiled = torch.compile(run, fullgraph=True, backend=compiler)
-    y, again = run(x), compiled(x)
-    torch.testing.assert_close(again, y)
-    for p, q in zip(
-        torch.autograd.grad(y.sum(), (x, a, b, bias)), torch.autograd.grad(again.sum(), (x, a, b, bias)), strict=True
-    ):
-        torch.testing.assert_close(q, p)
+    def results(run, *inputs):
+        y = run(*inputs)
+        return y.detach(), *torch.autograd.grad(y.sum(), [t for t in inputs if t.requires_grad])
+
+    inputs = (*draw(), torch.randn(12, requires_grad=True))
+    exact = results(run, *(t.detach().double().requires_grad_(t.requires_grad) for t in inputs))
+    eager, compiled = results(run, *inputs), results(torch.compile(run, fullgraph=True, backend=compiler), *inputs)
+    for name, c, e, p in zip(("y", "x", "lora_A", "lora_B", "bias"), compiled, exact, eager, strict=True):
+        assert_accurate(c, e, p, name)
 
 
 def test_scaling_values_share_one_graph():
@@ -168,6 +168,16 @@ def test_autocast(backend):
         assert t.grad.dtype == torch.float32
     low = lora_linear(x.bfloat16(), w.bfloat16(), a, b, 0.5, bias.bfloat16())
     assert torch.equal(low, y)
+
+
+def test_autocast_to_the_other_half(backend):
+    """bf16 adapters under fp16 autocast follow the rest of the layer, as plain layers do."""
+    x, w, a, b = draw(torch.bfloat16, grad=False)
+    with torch.autocast("cpu", torch.float16):
+        y, z = lora_linear(x, w, a, b), lora_shrink(x, a)
+    assert y.dtype == torch.float16
+    assert torch.equal(y, lora_linear(*(t.half() for t in (x, w, a, b))))
+    assert torch.equal(z, lora_shrink(x.half(), a.half()))
 
 
 class _Seen(TorchDispatchMode):
