@@ -1,9 +1,9 @@
 """State dicts, and the one table of adapter names.
 
-    here, loralib      model.layers.0.q_proj.lora_A                            (r, in)
-    PEFT, in a file    base_model.model.model.layers.0.q_proj.lora_A.weight    (r, in)
-    PEFT, in memory    base_model.model.model.layers.0.q_proj.lora_A.default.weight
-    base tensors       model.layers.0.q_proj.bias  <->  base_model.model.model.layers.0.q_proj.base_layer.bias
+here, loralib      model.layers.0.q_proj.lora_A                            (r, in)
+PEFT, in a file    base_model.model.model.layers.0.q_proj.lora_A.weight    (r, in)
+PEFT, in memory    base_model.model.model.layers.0.q_proj.lora_A.default.weight
+base tensors       model.layers.0.q_proj.bias  <->  base_model.model.model.layers.0.q_proj.base_layer.bias
 """
 
 import collections
