@@ -131,10 +131,9 @@ struct StoreZ {
   INLINE void operator()(int64_t m, int64_t n, vf (&acc)[MR][NR]) const {
     UNROLL
     for (int i = 0; i < MR; i++) {
-      float out[NR];
-      sums<NR>(acc[i], out);
       UNROLL
-      for (int j = 0; j < NR; j++) z[(m + i) * ldz + n + j] = scale * out[j];
+      for (int j = 0; j < NR; j++) acc[i][j] *= scale;
+      sums<NR>(acc[i], z + (m + i) * ldz + n);
     }
   }
 };

@@ -131,25 +131,26 @@ constexpr int kStride = kSteps + 16;             // of the packed rows of x: row
 constexpr bool kWide = VL == 16;
 
 // One tile in hand. To the product of x and w it adds the sums so far and, at one of its blocks of K, the update.
-template <class S>
+template <class S, class U>
 struct Tile {
   const typename S::X* x;
   int64_t ldx;
   const typename S::W* w;
   int64_t ldw, steps;
-  const float *zg, *f;        // [rows, R] and [R, columns] fp32; null: no update
-  int64_t ldf;
+  const typename U::X* zg;    // [rows, R]; null: no update
+  const typename U::W* f;     // [R, columns]
+  int64_t ldz, ldf, ranks;    // ranks: steps of the update
   const uint16_t* lanes;      // of the first row and column, rows kLanes apart; null: no mask
   const float* sums;          // null: none so far
   float* part;                // where the sums go; null: they are y
   int64_t ldpart, m, rows, n, columns;
 };
 
-template <class T, class S, int MR, int NV>
-void run_tile(const Gemm& p, const Tile<S>& t) {
+template <class T, class S, class U, int MR, int NV>
+void run_tile(const Gemm& p, const Tile<S, U>& t) {
   vf acc[MR][NV] = {}, update[MR][NV] = {};
   row_tile<S, MR, NV>(t.x, t.ldx, t.w, t.ldw, t.steps, acc);
-  if (t.zg) row_tile<Rows<float>, MR, NV>(t.zg, p.R, t.f, t.ldf, p.R, update);
+  if (t.zg) row_tile<U, MR, NV>(t.zg, t.ldz, t.f, t.ldf, t.ranks, update);
   for (int i = 0; i < MR; i++)
     for (int v = 0; v < NV; v++) {
       vf u = update[i][v];
@@ -244,9 +245,9 @@ void direct_slab(const Gemm& p, int64_t m, int64_t rows, int64_t n0, int64_t col
   for (int64_t n = 0; n < columns; n += width) {
     pack_factors<T>(p, n0 + n, width, width, f);
     if (masked) mask_rows(p, m, rows, n0 + n, width, lane);
-    Tile<Rows<T>> t = {x, 0, w, 0, 0, zg, f, width, masked ? lane : nullptr, sums + n, nullptr, kSlab,
+    Tile<Rows<T>, Rows<float>> t = {x, 0, w, 0, 0, zg, f, p.R, width, p.R, masked ? lane : nullptr, sums + n, nullptr, kSlab,
                        m, rows, n0 + n, width};
-    run_tile<T, Rows<T>, MR, 2>(p, t);
+    run_tile<T, Rows<T>, Rows<float>, MR, 2>(p, t);
   }
 }
 // Returns the first column that is in no whole tile.

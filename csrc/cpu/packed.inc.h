@@ -6,6 +6,8 @@ struct Packing {   // everything becomes fp32
   typedef Rows<float> S;
   static constexpr int steps = kSteps / 4 * 3;
   static constexpr int per_step = 1;
+  static void pair_rows(float*, int64_t, int64_t) {}
+  static void pair_columns(float*, int64_t, int64_t) {}
   static INLINE vf words(const T* p, int64_t n) { return load_upto(p, n); }
   static INLINE vf column(const T* w, int64_t, int64_t, int64_t n) { return load_upto(w, n); }
 };
@@ -23,6 +25,24 @@ struct Packing<bf16> {
   }
   static INLINE vf column(const bf16* w, int64_t ldw, int64_t steps, int64_t n) {
     return (vf)(steps > 1 ? bits(w, n) | bits(w + ldw, n) << 16 : bits(w, n));
+  }
+  // fp32 [R, width] to pairs [(R + 1) / 2, width], in place; z g takes part at x's precision, as in plain torch
+  static void pair_rows(float* f, int64_t R, int64_t width) {
+    for (int64_t r = 0; r < R; r += 2)
+      for (int64_t v = 0; v < width; v += VL) {
+        vf next = r + 1 < R ? load(f + (r + 1) * width + v) : vf{};
+        vu low = __builtin_convertvector(narrow(load(f + r * width + v), bf16()), vu);
+        store(f + r / 2 * width + v, (vf)(low | __builtin_convertvector(narrow(next, bf16()), vu) << 16));
+      }
+  }
+  // fp32 [rows, R] to pairs within each row, which stays R elements from the next
+  static void pair_columns(float* z, int64_t rows, int64_t R) {
+    for (; rows; rows--, z += R)
+      for (int64_t r = 0; r < R; r += 2 * VL) {
+        vf low = load_upto(z + r, R - r), high = R - r > VL ? load_upto(z + r + VL, R - r - VL) : vf{};
+        vh parts[2] = {narrow(low, bf16()), narrow(high, bf16())};
+        store_upto(z + r / 2, get<vf>(parts), (min(R - r, 2 * VL) + 1) / 2);
+      }
   }
 };
 #endif
@@ -54,15 +74,15 @@ void pack_group(const Gemm& p, int64_t n, int64_t columns, int64_t k, int64_t de
 }
 
 template <class T, class S>
-void any_rows(const Gemm& p, const Tile<S>& t, int64_t padded) {
+void any_rows(const Gemm& p, const Tile<S, S>& t, int64_t padded) {
   if constexpr (kWide) {
-    if (padded == 12) return run_tile<T, S, 12, 2>(p, t);
-    if (padded == 8) return run_tile<T, S, 8, 2>(p, t);
-    return run_tile<T, S, 4, 2>(p, t);
+    if (padded == 12) return run_tile<T, S, S, 12, 2>(p, t);
+    if (padded == 8) return run_tile<T, S, S, 8, 2>(p, t);
+    return run_tile<T, S, S, 4, 2>(p, t);
   } else {
-    if (padded == 6) return run_tile<T, S, 6, 2>(p, t);
-    if (padded == 4) return run_tile<T, S, 4, 2>(p, t);
-    return run_tile<T, S, 2, 2>(p, t);
+    if (padded == 6) return run_tile<T, S, S, 6, 2>(p, t);
+    if (padded == 4) return run_tile<T, S, S, 4, 2>(p, t);
+    return run_tile<T, S, S, 2, 2>(p, t);
   }
 }
 
@@ -78,7 +98,7 @@ struct Packed {
   Packed(const Gemm& p, Scratch& s) : p(p) {
     w = s.take<float>(kSteps * kGroup);
     f = s.take<float>(p.R * kGroup);
-    zg = s.take<float>(kTall * p.R);
+    zg = s.take<float>((kRows + kTall) * p.R);
     part = s.take<float>(kRows * kGroup);
     x = s.take<typename S::X>(kTall * kStride);
     lane = s.take<uint16_t>(kTall * kLanes);
@@ -100,12 +120,12 @@ struct Packed {
       int64_t padded = round_up(rows, kTall / 3);
       rows = min(left, padded);
       rows_of_x(m, rows, padded, k, depth);
-      if (first) gated_rows(p, m, rows, padded, zg);
       if (masked) mask_rows(p, m, rows, n, columns, lane);
       for (int64_t c = 0; c < columns; c += kPanel) {
         float* sums = part + (m - m0) * kGroup + c;
-        Tile<S> t = {x, kStride, (const typename S::W*)(w + c * kSteps), kPanel, (depth + P::per_step - 1) / P::per_step,
-                     first ? zg : nullptr, f + c * p.R, kPanel, masked ? lane + c : nullptr, first ? nullptr : sums,
+        Tile<S, S> t = {(const typename S::X*)x, kStride, (const typename S::W*)(w + c * kSteps), kPanel, (depth + P::per_step - 1) / P::per_step,
+                        first ? (const typename S::X*)(zg + (m - m0) * p.R) : nullptr,
+                        (const typename S::W*)(f + c * p.R), p.R, kPanel, (p.R + P::per_step - 1) / P::per_step, masked ? lane + c : nullptr, first ? nullptr : sums,
                      last ? nullptr : sums, kGroup, m, rows, n + c, columns - c};
         any_rows<T>(p, t, padded);
       }
@@ -121,13 +141,20 @@ void gemm_packed(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, 
   constexpr int64_t most = Packing<T>::steps * Packing<T>::per_step;
   int64_t blocks = p.K > most ? (p.K + most - 1) / most : 1;
   int64_t depth = round_up((p.K + blocks - 1) / blocks, VL * Packing<T>::per_step);
-  for (int64_t m = m0; m < m1; m += kRows)
+  for (int64_t m = m0; m < m1; m += kRows) {
+    int64_t rows = min(kRows, m1 - m);
+    gated_rows(p, m, rows, rows + kTall, packed.zg);
+    Packing<T>::pair_columns(packed.zg, rows + kTall, p.R);
     for (int64_t n = n0; n < n1; n += kGroup) {
       int64_t columns = min(kGroup, n1 - n), k = 0;
-      for (int64_t c = 0; c < columns; c += kPanel) pack_factors<T>(p, n + c, min(kPanel, columns - c), kPanel, packed.f + c * p.R);
+      for (int64_t c = 0; c < columns; c += kPanel) {
+        pack_factors<T>(p, n + c, min(kPanel, columns - c), kPanel, packed.f + c * p.R);
+        Packing<T>::pair_rows(packed.f + c * p.R, p.R, kPanel);
+      }
       do {
-        packed.block(m, min(m + kRows, m1), n, columns, k, min(depth, p.K - k));
+        packed.block(m, m + rows, n, columns, k, min(depth, p.K - k));
         k += depth;
       } while (k < p.K);
     }
+  }
 }
