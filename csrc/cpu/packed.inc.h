@@ -137,12 +137,13 @@ struct Packed {
 template <class T>
 void gemm_packed(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Scratch s) {
   Packed<T> packed(p, s);
-  // blocks of K of one size
+  // blocks of one size
   constexpr int64_t most = Packing<T>::steps * Packing<T>::per_step;
   int64_t blocks = p.K > most ? (p.K + most - 1) / most : 1;
   int64_t depth = round_up((p.K + blocks - 1) / blocks, VL * Packing<T>::per_step);
-  for (int64_t m = m0; m < m1; m += kRows) {
-    int64_t rows = min(kRows, m1 - m);
+  int64_t parts = (m1 - m0 + kRows - 1) / kRows, most_rows = round_up((m1 - m0 + parts - 1) / parts, kTall);
+  for (int64_t m = m0; m < m1; m += most_rows) {
+    int64_t rows = min(most_rows, m1 - m);
     gated_rows(p, m, rows, rows + kTall, packed.zg);
     Packing<T>::pair_columns(packed.zg, rows + kTall, p.R);
     for (int64_t n = n0; n < n1; n += kGroup) {

@@ -37,7 +37,7 @@ template <class T>
 struct Reducing {
   const Reduce& p;
   int64_t R, m0;             // R padded to whole vectors
-  float *t, *zg, *b, *db, *d, *dbias;
+  float *t, *zg, *b, *db, *d, *dbias, *recent;
 
   Reducing(const Reduce& p, int64_t m0, int64_t m1, Scratch& s) : p(p), R(round_up(p.R, VL)), m0(m0) {
     int64_t rows = m1 - m0;
@@ -47,13 +47,14 @@ struct Reducing {
     db = s.take<float>(kColumns * R);
     d = s.take<float>(kReduceRows * kColumns);
     dbias = s.take<float>(kColumns);
+    recent = s.take<float>(kColumns);
     for (int64_t i = 0; i < rows * R; i += VL) store(t + i, vf{}), store(zg + i, vf{});
     for (int64_t m = m0; m < m1; m++)
       for (int64_t r = 0; p.z && r < p.R; r++) zg[(m - m0) * R + r] = p.z[m * p.R + r] * gate(p.g, m, r);
   }
   void start(int64_t n, int64_t columns) {
     for (int64_t i = 0; i < kColumns * R; i += VL) store(db + i, vf{}), store(b + i, vf{});
-    for (int64_t i = 0; i < kColumns; i += VL) store(dbias + i, vf{});
+    for (int64_t i = 0; i < kColumns; i += VL) store(dbias + i, vf{}), store(recent + i, vf{});
     for (int64_t j = 0; j < columns; j++) {
       float* out = b + j * R;
       for (int e = 0; e < p.adapters; e++) {
@@ -65,12 +66,18 @@ struct Reducing {
     }
   }
   void read(int64_t m, int64_t rows, int64_t n, int64_t columns) {
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t j = 0; j < columns; j += VL) {
+    for (int64_t j = 0; j < columns; j += VL) {
+      vf sum = {};
+      for (int64_t i = 0; i < rows; i++) {
         vf v = load_upto((const T*)p.dy + (m + i) * p.lddy + n + j, columns - j);
-        if (p.dbias) store(dbias + j, load(dbias + j) + v);
         store(d + i * kColumns + j, v);
+        sum += v;
       }
+      if (p.dbias) store(recent + j, load(recent + j) + sum);
+    }
+  }
+  void add_recent() {   // a chain over all rows would lose digits
+    for (int64_t i = 0; i < kColumns; i += VL) store(dbias + i, load(dbias + i) + load(recent + i)), store(recent + i, vf{});
   }
   template <int MR>
   void tile(int64_t m, int64_t n, int64_t columns) {
@@ -91,9 +98,13 @@ void reduce_rows(const Reduce& p, int64_t m0, int64_t m1, int64_t slice, Scratch
   for (int64_t n = 0; n < p.N; n += kColumns) {
     int64_t columns = min(kColumns, p.N - n), m = m0;
     job.start(n, columns);
-    for (; m + kReduceRows <= m1; m += kReduceRows) job.template tile<kReduceRows>(m, n, columns);
+    for (; m + kReduceRows <= m1; m += kReduceRows) {
+      job.template tile<kReduceRows>(m, n, columns);
+      if ((m - m0) % (16 * kReduceRows) == 0) job.add_recent();
+    }
     for (; m + 2 <= m1; m += 2) job.template tile<2>(m, n, columns);
     for (; m < m1; m++) job.template tile<1>(m, n, columns);
+    job.add_recent();
     job.finish(n, columns, slice);
   }
   for (int64_t m = m0; p.t && m < m1; m++)
