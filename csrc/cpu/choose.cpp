@@ -99,7 +99,7 @@ Form choose(const Shape& s, const Cpu& cpu) {
   if (s.w_along_k && !s.masked && s.M <= (dot_bf16 ? 32 : 64)) return kDot;
   if (!s.w_along_k && s.M <= 4) return kDirect;
   if (s.type == kFloat && cpu.intel && s.M >= 128) return kVendor;
-  if (dot_bf16 && s.M >= 128 && s.K >= 2048) return kVendor;
+  if (dot_bf16 && s.M >= (s.w_along_k ? 48 : 128) && s.K >= 2048) return kVendor;
   return kPacked;
 }
 

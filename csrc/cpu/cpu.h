@@ -99,9 +99,9 @@ struct Outer {
 
 enum Form { kDot, kDirect, kPacked, kVendor };
 
-constexpr int kGroup = 128;     // columns of w packed together: one read of an x tile serves them
+constexpr int kGroup = 256;     // columns of w packed together: one read of an x tile serves them
 constexpr int kSteps = 512;     // most steps of the summed axis per block
-constexpr int kRows = 1152;    // most rows of y per block of partial sums: a multiple of every row tile
+constexpr int kRows = 576;     // most rows of y per block of partial sums: a multiple of every row tile
 constexpr int kTileRows = 12;   // the tallest row tile
 constexpr int kDotRows = 64;    // rows of x per block of the dot form
 

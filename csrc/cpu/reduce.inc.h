@@ -114,7 +114,7 @@ void reduce_rows(const Reduce& p, int64_t m0, int64_t m1, int64_t slice, Scratch
 // da's columns k0 .. k1: blocks of x become fp32 (and lose what dropout drops), then meet all rows of dz
 template <class T>
 void outer_columns(const Outer& p, int64_t k0, int64_t k1, Scratch s) {
-  constexpr int64_t depth = 64;
+  constexpr int64_t depth = 8192 / kGroup;
   constexpr int MR = kTall / 3 * 2;
   int64_t padded = round_up(p.R, MR);
   float *block = s.take<float>(depth * kGroup), *sums = s.take<float>(padded * kGroup), *dz = s.take<float>(padded * depth);
