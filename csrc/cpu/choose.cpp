@@ -91,9 +91,10 @@ const Cpu& cpu() {
   return facts;
 }
 
-// Measured with r = 16 on an AMD Zen 4 (full-rate vdpbf16ps) and, of the split form, an Intel without AMX. Small M: dot
-// and direct read w once, where it lies. Large M: packed reaches torch's own GEMM, except where MKL is at its best (fp32
-// on Intel) and where oneDNN's packing is spread over many rows of a large w (bf16).
+// The bounds come from measurements with r = 16 on an AMD Zen 4 (full-rate vdpbf16ps); those of the split form and of Intel
+// from what such kernels are known to reach there, not yet measured with these. Small M: dot and direct read w once, where
+// it lies. Large M: packed reaches torch's own GEMM, except where MKL is at its best (fp32 on Intel) and where oneDNN's
+// packing is spread over many rows of a large w (bf16).
 Form choose(const Shape& s, const Cpu& cpu) {
   const bool dot_bf16 = s.type == kBFloat16 && cpu.dot_bf16;
   if (s.w_along_k && !s.masked && s.M <= (dot_bf16 ? 32 : 64)) return kDot;
