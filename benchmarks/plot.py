@@ -48,11 +48,15 @@ def draw_linear(rows, mode, out):
     dtypes, shapes = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
     size = {"figsize": (4.2 * len(shapes), 3.2 * len(dtypes))}
     figure, axes = plt.subplots(len(dtypes), len(shapes), sharey=True, squeeze=False, **size)
+    # one colour for a method in every panel, whichever others it stands beside
+    methods = list(dict.fromkeys(m for lines in panels.values() for m in lines))
+    colour = {m: f"C{i}" for i, m in enumerate(methods)}
     for (dtype, shape), lines in panels.items():
         axis = axes[dtypes.index(dtype)][shapes.index(shape)]
         for method, points in lines.items():
             style = {"linewidth": 2.5} if method == "fastlora" else {"linewidth": 1.2, "alpha": 0.8}
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=method, **style)
+            style |= {"color": colour[method], "label": method, "marker": "o", "markersize": 3}
+            axis.plot(*zip(*sorted(points), strict=True), **style)
         axis.set(xscale="log", yscale="log", title=f"{shape.replace('x', ' → ')}, {dtype}", xlabel="rows of x")
         ticks = (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)
         axis.set_yticks(ticks, [str(t) for t in ticks])
