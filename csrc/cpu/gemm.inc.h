@@ -128,6 +128,7 @@ INLINE void row_tile(const typename S::X* x, int64_t ldx, const typename S::W* w
 constexpr int kPanel = 2 * VL;                   // columns of a packed panel
 constexpr int kTall = VL == 16 ? 12 : 6;         // rows of the tallest tile
 constexpr int kStride = kSteps + 16;             // of the packed rows of x: rows of a power of two would share cache sets
+constexpr int kPanelStride = (kSteps + 2) * kPanel;   // so would panels
 constexpr bool kWide = VL == 16;
 
 // One tile in hand. To the product of x and w it adds the sums so far and, at one of its blocks of K, the update.

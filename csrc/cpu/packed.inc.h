@@ -47,7 +47,7 @@ struct Packing<bf16> {
 };
 #endif
 
-// w(n .. n + columns, k .. k + depth) as panels of [steps, kPanel], kSteps * kPanel apart, zero beyond
+// w(n .. n + columns, k .. k + depth) as panels of [steps, kPanel], zero beyond
 template <class T>
 void pack_group(const Gemm& p, int64_t n, int64_t columns, int64_t k, int64_t depth, float* out) {
   typedef Packing<T> P;
@@ -56,7 +56,7 @@ void pack_group(const Gemm& p, int64_t n, int64_t columns, int64_t k, int64_t de
   if (!p.w_along_k) {
     for (int64_t d = 0; d < depth; d += P::per_step)
       for (int64_t v = 0; v < padded; v += VL)
-        store(out + v / kPanel * kPanel * kSteps + d / P::per_step * kPanel + v % kPanel,
+        store(out + v / kPanel * kPanelStride + d / P::per_step * kPanel + v % kPanel,
               v < columns ? P::column(w + (k + d) * p.ldw + n + v, p.ldw, depth - d, columns - v) : vf{});
     return;
   }
@@ -67,7 +67,7 @@ void pack_group(const Gemm& p, int64_t n, int64_t columns, int64_t k, int64_t de
       for (int j = 0; j < VL; j++)
         block[j] = v + j < columns ? P::words(w + (n + v + j) * p.ldw + k + d, depth - d) : vf{};
       transpose(block);
-      float* to = out + v / kPanel * kPanel * kSteps + d / P::per_step * kPanel + v % kPanel;
+      float* to = out + v / kPanel * kPanelStride + d / P::per_step * kPanel + v % kPanel;
       UNROLL
       for (int j = 0; j < VL; j++) store(to + j * kPanel, block[j]);
     }
@@ -96,7 +96,7 @@ struct Packed {
   uint16_t* lane;
 
   Packed(const Gemm& p, Scratch& s) : p(p) {
-    w = s.take<float>(kSteps * kGroup);
+    w = s.take<float>(kPanelStride * (kGroup / kPanel));
     f = s.take<float>(p.R * kGroup);
     zg = s.take<float>((kRows + kTall) * p.R);
     part = s.take<float>(kRows * kGroup);
@@ -123,7 +123,7 @@ struct Packed {
       if (masked) mask_rows(p, m, rows, n, columns, lane);
       for (int64_t c = 0; c < columns; c += kPanel) {
         float* sums = part + (m - m0) * kGroup + c;
-        Tile<S, S> t = {(const typename S::X*)x, kStride, (const typename S::W*)(w + c * kSteps), kPanel, (depth + P::per_step - 1) / P::per_step,
+        Tile<S, S> t = {(const typename S::X*)x, kStride, (const typename S::W*)(w + c / kPanel * kPanelStride), kPanel, (depth + P::per_step - 1) / P::per_step,
                         first ? (const typename S::X*)(zg + (m - m0) * p.R) : nullptr,
                         (const typename S::W*)(f + c * p.R), p.R, kPanel, (p.R + P::per_step - 1) / P::per_step, masked ? lane + c : nullptr, first ? nullptr : sums,
                      last ? nullptr : sums, kGroup, m, rows, n + c, columns - c};
