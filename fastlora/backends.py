@@ -23,6 +23,7 @@ _implementations = {}
 _verifications = {}
 _firsts = {}
 _pinned = None
+_noticed = False
 
 
 def register(op, backend, implementation, objection=None):
@@ -146,14 +147,10 @@ def kernel(op, check=None):
     return run
 
 
-@functools.cache
-def _warn_once():
-    return []
-
-
 def _notice(op, asked):
-    if not _warn_once():
-        _warn_once().append(op)
+    global _noticed
+    if not _noticed:
+        _noticed = True
         reasons = "; ".join(f"{name}: {sentence}" for name, sentence in asked[:-1])
         warnings.warn(f"fastlora: {op} runs on the slower back-end {asked[-1][0]!r}. {reasons}", stacklevel=2)
 
