@@ -16,13 +16,29 @@ from fastlora.model import (
     set_scale,
     unmerge,
 )
-from fastlora.nn import Linear, LoRALayer, checkpoint_context
+from fastlora.nn import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    LoRALayer,
+    MergedLinear,
+    MultiheadAttention,
+    checkpoint_context,
+)
 from fastlora.ops import lora_expand, lora_linear, lora_shrink
 
 __version__ = "0.1.0"
 __all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
     "Linear",
     "LoRALayer",
+    "MergedLinear",
+    "MultiheadAttention",
     "checkpoint_context",
     "disable_adapter",
     "enable_input_require_grads",

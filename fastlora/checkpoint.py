@@ -16,7 +16,8 @@ import warnings
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastlora.model import adapt, linear_shape, lora_layers
+from fastlora.model import adapt, lora_layers
+from fastlora.nn.convert import factor_shapes, is_linear
 from fastlora.nn.layer import LoRALayer
 from fastlora.ops import check
 
@@ -180,11 +181,12 @@ def _plan(model, config, tensors):
     for key in (key for key in tensors if re.search(r"(^|\.)lora_A$", key)):
         name = key.rpartition(".")[0]
         lora_A, lora_B = tensors[key], tensors.get(key[:-1] + "B")
-        shape = linear_shape(modules[name]) if name in modules else None
-        check.value(shape, "model", f"a {type(model).__name__} without a linear {name!r}", "the adapter's base model")
-        r, (out_features, in_features) = lora_A.shape[0], shape
-        fits = lora_A.shape == (r, in_features) and lora_B is not None and lora_B.shape == (out_features, r)
-        expected = f"lora_A ({r}, {in_features}) and lora_B ({out_features}, {r})"
+        linear = name in modules and is_linear(modules[name])
+        check.value(linear, "model", f"a {type(model).__name__} without a linear {name!r}", "the adapter's base model")
+        r = lora_A.shape[0]
+        shape_A, shape_B = factor_shapes(modules[name], r)
+        fits = lora_A.shape == shape_A and lora_B is not None and lora_B.shape == shape_B
+        expected = f"lora_A {shape_A} and lora_B {shape_B}"
         check.value(fits, name, f"lora_A {tuple(lora_A.shape)} and its lora_B", expected)
         patterns = config.get("alpha_pattern") or {}
         alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), config["lora_alpha"])

@@ -100,7 +100,7 @@ def test_only_the_adapters_train_and_alpha_defaults_to_r():
 @pytest.mark.parametrize("options, message", [
     ({"target_modules": "q_porj"}, r"target_modules: got 'q_porj', which matches no module, .* such as q_proj"),
     ({"target_modules": ["q_proj", "nothing"]}, "target_modules: got 'nothing', which matches no module"),
-    ({"target_modules": ["norm"]}, "target_modules: got 'norm', the name of a LayerNorm, expected linear layers"),
+    ({"target_modules": ["norm"]}, "target_modules: got 'norm', the name of a LayerNorm, expected layers"),
     ({"target_modules": []}, r"target_modules: got \[\]"),
     ({"r": 0}, "r: got 0, expected an integer of at least 1"),
     ({"lora_dropout": 2}, "lora_dropout: got 2"),

@@ -12,8 +12,14 @@ import fastlora
 from fastlora import backends, ops
 
 EXPORTS = {
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
     "Linear",
     "LoRALayer",
+    "MergedLinear",
+    "MultiheadAttention",
     "checkpoint_context",
     "disable_adapter",
     "enable_input_require_grads",

@@ -2,6 +2,6 @@
 
 from transformers.pytorch_utils import Conv1D
 
-from fastlora.model import register_linear
+from fastlora.nn.convert import register_linear
 
 register_linear(Conv1D, fan_in_fan_out=True)

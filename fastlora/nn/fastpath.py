@@ -10,16 +10,20 @@ import functools
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from fastlora.nn.layer import LoRALayer
 from fastlora.ops import check
 
 _SWITCHES = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
 
 
+def holds_adapters(module):
+    """Whether this is a LoRA layer, or an attention layer with LoRA projections."""
+    return getattr(module, "holds_adapters", False)
+
+
 def update_fast_paths(model):
     """Turn the fused path off in every encoder that holds an adapter, and on again in those that no longer do."""
     for module in model.modules():
-        adapted = any(isinstance(child, LoRALayer) for child in module.modules())
+        adapted = any(holds_adapters(child) for child in module.modules())
         _turn(module, on=not adapted)
 
 
@@ -46,7 +50,7 @@ def check_called(name, modules):
 
 
 def _on_registration(parent, name, child):
-    if isinstance(child, LoRALayer):
+    if holds_adapters(child):
         check_called(name, {"": parent})
         _turn(parent, on=False)
 

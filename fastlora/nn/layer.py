@@ -1,10 +1,13 @@
-"""What every LoRA layer shares: the adapter's parameters, its scale, and the lazily merged weight."""
+"""What every LoRA layer shares: the adapter's parameters, its scale and rank, and the lazily merged weight."""
 
 import math
+import operator
 
 import torch
 from torch import nn
 
+from fastlora.nn import names
+from fastlora.nn.switch import is_off, switch
 from fastlora.ops import check
 
 
@@ -26,14 +29,48 @@ def check_adapter(r, lora_alpha, lora_dropout, least=0):
     check.value(share, "lora_dropout", repr(lora_dropout), "a number from 0 to 1")
 
 
-class LoRALayer:
-    """An adapter on a module, mixed in before its torch class: r, lora_alpha, lora_dropout, lora_A, lora_B, scaling.
+class Adapter:
+    """One adapter's parameters, mixed into a module: r, lora_alpha, lora_A, lora_B, scaling.
 
     `scaling` is a float32 tensor and no buffer: it follows the device but never the dtype (4/3 in bfloat16 is 1.336).
-    `merged` says that W + ΔW may be used where no gradient is asked of the adapter; W itself is never written.
     """
 
     r = 0
+    # DyLoRA: how many of the r components are in force, None for all; with `frozen` only the last of them trains
+    rank = None
+    frozen = False
+    _factor = 1.0
+
+    def attach_factors(self, shapes, r, lora_alpha, dtype, device):
+        """Give this module lora_A and lora_B of these shapes, not yet initialised; none at r = 0."""
+        self.r, self.lora_alpha = r, lora_alpha
+        if r:
+            self.lora_A, self.lora_B = (nn.Parameter(torch.empty(s, dtype=dtype, device=device)) for s in shapes)
+            self.scaling = torch.empty((), dtype=torch.float32, device="cpu" if device.type == "meta" else device)
+
+    def set_scale(self, scale):
+        """Scale the update by scale · lora_alpha / rank, in place: compiled code and captured graphs see it."""
+        self._factor = scale
+        self.scaling.fill_(scale * self.lora_alpha / (self.rank or self.r))
+
+    def _apply(self, fn, *args, **kwargs):
+        super()._apply(fn, *args, **kwargs)
+        if self.r and hasattr(self, "scaling"):
+            # only the device of fn's result: its dtype would round the scale, to_empty's would lose it
+            device = fn(self.scaling).device
+            self.scaling = self.scaling.to("cpu" if device.type == "meta" else device)
+        return self
+
+
+class LoRALayer(Adapter):
+    """An adapter on a module, mixed in before its torch class: r, lora_alpha, lora_dropout, lora_A, lora_B, scaling.
+
+    `merged` says that W + ΔW may be used where no gradient is asked of the adapter; W itself is never written. A kind
+    of layer defines `adapter_shapes`, `init_adapter`, `narrow` and `delta` (what its lora_A and lora_B mean), `plain`
+    (its forward with a given weight) and `adapted` (its forward with adapters).
+    """
+
+    holds_adapters = True
     merged = False
     merge_weights = False
     fan_in_fan_out = False
@@ -41,20 +78,36 @@ class LoRALayer:
     _merged_copy = None
     _ran_off = False
 
-    def attach(self, shape, r, lora_alpha, lora_dropout, dtype, device):
-        """Give this module an adapter for W of `shape` (out, in), not yet initialised; none at r = 0."""
-        self.r, self.lora_alpha = r, lora_alpha
-        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training) if lora_dropout > 0 else identity
+    def attach(self, r, lora_alpha, lora_dropout, dtype, device):
+        """Give this module an adapter, not yet initialised; none at r = 0."""
         if r:
-            out_features, in_features = shape
-            self.lora_A = nn.Parameter(torch.empty((r, in_features), dtype=dtype, device=device))
-            self.lora_B = nn.Parameter(torch.empty((out_features, r), dtype=dtype, device=device))
-            self.scaling = torch.empty((), dtype=torch.float32, device="cpu" if device.type == "meta" else device)
+            self.check_base(r)
+        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training) if lora_dropout > 0 else identity
+        self.attach_factors(self.adapter_shapes(r), r, lora_alpha, dtype, device)
+
+    def adapt(self, r, lora_alpha, lora_dropout, merge_weights):
+        """The end of a constructor in loralib's manner: an adapter beside a frozen weight."""
+        self.merge_weights = merge_weights
+        self.attach(r, lora_alpha, lora_dropout, self.weight.dtype, self.weight.device)
+        self.weight.requires_grad = not self.r
+        # W is drawn a second time, as in loralib: the same seed gives the same layer
+        self.reset_parameters()
+
+    def check_base(self, r):
+        """Raise ValueError for a base layer that cannot have an adapter of rank r."""
+
+    def narrow(self, lora_A, lora_B, start, stop):
+        """The components start to stop of the r, as views."""
+        return lora_A[start:stop], lora_B[:, start:stop]
+
+    def init_adapter(self, lora_A, lora_B):
+        """lora_A as nn.Linear's weight is initialised, lora_B zero."""
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        nn.init.zeros_(lora_B)
 
     def reset_lora_parameters(self):
-        """lora_A as nn.Linear's weight is initialised, lora_B zero, scaling lora_alpha / r."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        """Initialise lora_A and lora_B again, and the scale to lora_alpha / r."""
+        self.init_adapter(self.lora_A, self.lora_B)
         self.set_scale(1.0)
 
     def reset_parameters(self):
@@ -66,9 +119,13 @@ class LoRALayer:
             self.reset_lora_parameters()
         self.refresh()
 
-    def set_scale(self, scale):
-        """Scale the update by scale · lora_alpha / r, in place: compiled code and captured graphs see it."""
-        self.scaling.fill_(scale * self.lora_alpha / self.r)
+    def use_rank(self, rank, frozen=False):
+        """Use the first `rank` of the r components from now on, at scale lora_alpha / rank; None: all of them."""
+        known = rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= self.r)
+        check.value(known, "rank", repr(rank), f"an integer from 1 to {self.r}")
+        self.rank, self.frozen = rank, frozen
+        self.set_scale(self._factor)
+        self.refresh()
 
     def refresh(self):
         """Drop the merged copy; the next merged forward builds it from what the tensors hold then."""
@@ -84,15 +141,12 @@ class LoRALayer:
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)
-        if self.r:
-            # only the device of fn's result: its dtype would round the scale, to_empty's would lose it
-            device = fn(self.scaling).device
-            self.scaling = self.scaling.to("cpu" if device.type == "meta" else device)
         self.refresh()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        names.adopt(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.refresh()
 
     def __getstate__(self):
@@ -105,3 +159,108 @@ class LoRALayer:
         """The probability in force, from the nn.Dropout that programs may change."""
         dropout = self.lora_dropout
         return dropout.p if dropout is not identity and dropout.training else 0.0
+
+    def adapters(self):
+        """(lora_A, lora_B, scaling, gates) in force: tuples of one tensor an adapter, gates (E,), (batch, E) or None.
+
+        With ranks per batch row the gates are (batch, r), one for each rank row of the only adapter.
+        """
+        A, B, k = self.lora_A, self.lora_B, self.rank
+        if switch.row_ranks is not None:
+            return (A,), (B,), self.scaling, self._rank_gates(switch.row_ranks.to(A.device))
+        if k is not None and self.frozen and self.training and k > 1:
+            low, live = self.narrow(A.detach(), B.detach(), 0, k - 1), self.narrow(A, B, k - 1, k)
+            return (low[0], live[0]), (low[1], live[1]), self.scaling, None
+        if k is not None:
+            A, B = self.narrow(A, B, 0, k)
+        return (A,), (B,), self.scaling, None
+
+    def _rank_gates(self, ranks):
+        """1 for the components that a batch row uses, times what makes lora_alpha / r its lora_alpha / rank."""
+        rows = torch.arange(self.r, device=ranks.device) < ranks[:, None]
+        return rows * ((self.rank or self.r) / ranks[:, None])
+
+    def forward(self, x):
+        if self.merged or switch.off or self._ran_off or not self.r:
+            weight = self.lone_weight()
+            if weight is not None:
+                return self.plain(x, weight)
+        return self.adapted(x, *self.adapters())
+
+    def run(self, adapters, x):
+        """The forward with these adapters, or with none."""
+        return self.plain(x, self.base_weight()) if adapters is None else self.adapted(x, *adapters)
+
+    def base_weight(self):
+        """W as this library's formulas have it: (out, in) for a linear layer."""
+        return self.weight
+
+    @torch.no_grad()
+    def merged_weight(self):
+        """W + Σ gate · scale · ΔW, a new tensor in W's dtype, rounded once."""
+        if not self.r:
+            return self.base_weight().detach().clone()
+        return (self.base_weight() + self.update(*self.adapters())).to(self.base_weight().dtype)
+
+    def update(self, A, B, scaling, gates):
+        """Σ gate · scale · ΔW of these adapters, in W's shape, in float32 or wider."""
+        common = gates is None or gates.dim() == 1
+        check.value(common, "model", "adapters for each batch row", "the same for all rows")
+        scales = scaling.expand(len(A)) if gates is None else scaling * gates
+        wide = torch.promote_types(torch.float32, A[0].dtype)
+        return sum(self.delta(a.to(wide), b.to(wide) * s) for a, b, s in zip(A, B, scales.unbind(), strict=True))
+
+    def lone_weight(self):
+        """The weight that alone gives this call's y, or None where the adapter has to run."""
+        if not self.r or ((switch.off or self._ran_off) and is_off(self)):
+            return self.base_weight()
+        if not self.merged or switch.row_ranks is not None:
+            return None
+        trained = [p for p in self._parameters.values() if p is not None and p.requires_grad]
+        if trained and torch.is_grad_enabled():
+            # an optimizer step may follow, and fused ones leave `_version` as it was
+            self._merged_copy = False
+        # a compiled graph cannot look at versions, so it could not tell a stale copy
+        if self._merged_copy is False or self.training or torch.compiler.is_compiling():
+            return None
+        for parameter in trained:
+            if parameter.grad is not None:
+                return None
+        return self._current_copy()
+
+    def _current_copy(self):
+        get, copy = self._parameters.get, self._merged_copy
+        sources = get("weight"), get("lora_A"), get("lora_B"), self.scaling
+        if copy and all(map(operator.is_, sources, copy[1])) and copy[2] == [*map(_stamp, sources)]:
+            return copy[0]
+        if any(type(t) is not nn.Parameter for t in sources[:3]) or any(t.is_inference() for t in sources):
+            return None
+        # out of inference mode: a copy made there could not be saved for a backward later
+        with torch.inference_mode(False):
+            self._merged_copy = self.merged_weight(), sources, [*map(_stamp, sources)]
+        return self._merged_copy[0]
+
+
+def _stamp(t):
+    return t._version, t.data_ptr()
+
+
+def match_rows(x, leading, gates):
+    """x and its gates, with one row of x repeated where the gates are for several.
+
+    `leading` are x's dimensions of positions, the batch first; a batch row's gates (E,) hold for all its positions.
+    """
+    if gates is None or gates.dim() < 2:
+        return x, gates
+    rows, batch = gates.shape[0], leading[0] if leading else None
+    fits = batch == rows or batch == 1
+    check.value(fits, "x", f"shape {tuple(x.shape)}", f"{rows} batch rows: each has adapters of its own")
+    if batch != rows:
+        x = x.expand(rows, *x.shape[1:])
+    return x, gates.view(rows, *(1,) * (len(leading) - 1), gates.shape[1])
+
+
+def rank_list(ranks, gates):
+    """The op's `ranks`: () for a single adapter that has a gate for each rank row, or none at all."""
+    lone = len(ranks) == 1 and (gates is None or gates.shape[-1] == ranks[0])
+    return () if lone else ranks

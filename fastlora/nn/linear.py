@@ -1,27 +1,50 @@
 """LoRA on linear layers: y = x Wᵀ + bias + s (D(x) lora_Aᵀ) lora_Bᵀ with s = lora_alpha / r."""
 
 import functools
-import operator
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastlora.nn.fastpath import watch_registrations
-from fastlora.nn.layer import LoRALayer, check_adapter, identity
+from fastlora.nn.layer import Adapter, LoRALayer, check_adapter, identity, match_rows, rank_list
 from fastlora.nn.switch import is_off, switch
 from fastlora.ops import lora_expand, lora_linear, lora_shrink
+from fastlora.ops.dropout import draw_seed
 from fastlora.ops.linear import lora_linear_op
 
 
-class DenseLoRA(LoRALayer):
+class LinearLoRA(LoRALayer):
+    """What a linear layer's lora_A (r, in) and lora_B (out, r) mean, whatever its base is."""
+
+    kind = "linear"
+
+    def adapter_shapes(self, r):
+        named = hasattr(self, "in_features")
+        # transformers' Conv1D stores W as (in, out) and has no such names
+        out_features, in_features = (self.out_features, self.in_features) if named else self.weight.shape[::-1]
+        return (r, in_features), (out_features, r)
+
+    def delta(self, lora_A, lora_B):
+        return lora_B @ lora_A
+
+    def project(self, x, weight, bias, A, B, scaling, gates):
+        """x Wᵀ + bias and the adapters' update: one op call."""
+        x, gates = match_rows(x, x.shape[:-1], gates)
+        ranks, p = rank_list([a.shape[0] for a in A], gates), self.dropout_p()
+        seed = draw_seed(x) if p > 0 else None
+        return lora_linear_op(x, weight, A, B, scaling, bias, gates, ranks, None, p, seed)
+
+
+class DenseLoRA(LinearLoRA):
     """The layer whose W is a dense parameter: one op call per forward."""
 
     def forward(self, x):
         if self.merged or switch.off or self._ran_off or not self.r:
-            weight = self._lone_weight()
+            weight = self.lone_weight()
             if weight is not None:
-                return F.linear(x, weight, self.bias)
+                return self.plain(x, weight)
+        if self.rank is not None or switch.row_ranks is not None:
+            return self.adapted(x, *self.adapters())
         tensors = self._parameters
         try:
             weight, bias, lora_A, lora_B = tensors["weight"], tensors["bias"], tensors["lora_A"], tensors["lora_B"]
@@ -35,63 +58,34 @@ class DenseLoRA(LoRALayer):
             return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, dropout_p=p, training=True)
         return lora_linear_op(x, weight, (lora_A,), (lora_B,), self.scaling, bias, None, (), None, 0.0, None)
 
+    def plain(self, x, weight):
+        return F.linear(x, weight, self.bias)
+
+    def adapted(self, x, A, B, scaling, gates):
+        return self.project(x, self.base_weight(), self.bias, A, B, scaling, gates)
+
     def base_weight(self):
         """W as (out, in)."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
-    @torch.no_grad()
-    def merged_weight(self):
-        """W + s lora_B lora_A (out, in), a new tensor in W's dtype, rounded once."""
-        if not self.r:
-            return self.base_weight().detach().clone()
-        wide = torch.promote_types(torch.float32, self.lora_A.dtype)
-        update = self.lora_B.to(wide) * self.scaling @ self.lora_A.to(wide)
-        return (self.base_weight() + update).to(self.weight.dtype)
 
-    def _lone_weight(self):
-        """The weight (out, in) that alone gives this call's y, or None where the op has to run."""
-        if not self.r or ((switch.off or self._ran_off) and is_off(self)):
-            return self.base_weight()
-        if not self.merged:
-            return None
-        trained = [p for p in self._parameters.values() if p is not None and p.requires_grad]
-        if trained and torch.is_grad_enabled():
-            # an optimizer step may follow, and fused ones leave `_version` as it was
-            self._merged_copy = False
-        # a compiled graph cannot look at versions, so it could not tell a stale copy
-        if self._merged_copy is False or self.training or torch.compiler.is_compiling():
-            return None
-        for parameter in trained:
-            if parameter.grad is not None:
-                return None
-        return self._current_copy()
-
-    def _current_copy(self):
-        get, copy = self._parameters.get, self._merged_copy
-        sources = get("weight"), get("lora_A"), get("lora_B"), self.scaling
-        if copy and all(map(operator.is_, sources, copy[1])) and copy[2] == [*map(_stamp, sources)]:
-            return copy[0]
-        if any(type(t) is not nn.Parameter for t in sources[:3]) or any(t.is_inference() for t in sources):
-            return None
-        # out of inference mode: a copy made there could not be saved for a backward later
-        with torch.inference_mode(False):
-            self._merged_copy = self.merged_weight(), sources, [*map(_stamp, sources)]
-        return self._merged_copy[0]
-
-
-def _stamp(t):
-    return t._version, t.data_ptr()
-
-
-class OpaqueLoRA(LoRALayer):
+class OpaqueLoRA(LinearLoRA):
     """The layer whose base is quantised or otherwise not a dense parameter: its own forward, then the update."""
 
     def forward(self, x, *args, **kwargs):
-        y = super().forward(x, *args, **kwargs)
-        if (switch.off or self._ran_off) and is_off(self):
-            return y
-        z = lora_shrink(x, self.lora_A, dropout_p=self.dropout_p(), training=self.training)
-        return lora_expand(y, z, self.lora_B, self.scaling)
+        off = (switch.off or self._ran_off) and is_off(self)
+        return self.run(None if off else self.adapters(), x, *args, **kwargs)
+
+    def run(self, adapters, x, *args, **kwargs):
+        # past LoRALayer's own forward
+        base = super(Adapter, self).forward
+        if adapters is None:
+            return base(x, *args, **kwargs)
+        A, B, scaling, gates = adapters
+        x, gates = match_rows(x, x.shape[:-1], gates)
+        z = lora_shrink(x, A, dropout_p=self.dropout_p(), training=self.training)
+        ranks = rank_list([a.shape[0] for a in A], gates)
+        return lora_expand(base(x, *args, **kwargs), z, B, scaling, gates=gates, ranks=ranks)
 
 
 class Linear(DenseLoRA, nn.Linear):
@@ -113,15 +107,10 @@ class Linear(DenseLoRA, nn.Linear):
         check_adapter(r, lora_alpha, lora_dropout)
         watch_registrations()
         super().__init__(in_features, out_features, **kwargs)
-        self.merge_weights = merge_weights
-        w = self.weight
-        self.attach((out_features, in_features), r, lora_alpha, lora_dropout, w.dtype, w.device)
-        w.requires_grad = not r
-        # W is drawn a second time, as in loralib: the same seed gives the same layer
-        self.reset_parameters()
+        self.adapt(r, lora_alpha, lora_dropout, merge_weights)
         self.fan_in_fan_out = fan_in_fan_out
         if fan_in_fan_out:
-            w.data = w.data.T
+            self.weight.data = self.weight.data.T
 
     def reset_parameters(self):
         # nn.Linear takes its fan-in from dimension 1
@@ -132,17 +121,17 @@ class Linear(DenseLoRA, nn.Linear):
             self.weight.data = self.weight.data.T
 
 
-def _revive(mixin, base):
-    cls = lora_class(mixin, base)
+def _revive(base, mixins):
+    cls = lora_class(base, *mixins)
     return cls.__new__(cls)
 
 
 def _reduce(self):
-    return _revive, (type(self).__bases__[0], type(self).lora_base), self.__getstate__()
+    return _revive, (type(self).lora_base, type(self).__bases__[:-1]), self.__getstate__()
 
 
 @functools.cache
-def lora_class(mixin, base):
+def lora_class(base, *mixins):
     """The subclass of `base` with an adapter, made once per type; its instances pickle by making it again."""
     body = {"lora_base": base, "__reduce__": _reduce, "__module__": __name__}
-    return type(f"LoRA{base.__name__}", (mixin, base), body)
+    return type(f"LoRA{base.__name__}", (*mixins, base), body)

@@ -1,58 +1,95 @@
-"""Which layers run without their adapters, per thread.
+"""Which adapters run, per thread: layers that are off, the tasks in force, ranks for each batch row.
 
 `threading.local`, because Dynamo traces and guards it, which it does not do for a ContextVar. A recompute of activation
-checkpointing may run after the block that turned adapters off, or in autograd's own thread: `checkpoint_context`
-carries the state there, and a recompute without it that could differ from the first forward raises.
+checkpointing may run after the block that set the state, or in autograd's own thread: `checkpoint_context` carries the
+state there, and a recompute without it that could differ from the first forward raises.
 """
 
 import contextlib
 import threading
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Switch(threading.local):
     def __init__(self):
         # in the instance from the start: Dynamo's guard on an attribute of the class would miss the first block.
-        # `off` holds the layers' ids, as of a set of modules Dynamo guards the length alone
-        self.off, self.restored = frozenset(), False
+        # `off` holds the layers' ids, as of a set of modules Dynamo guards the length alone.
+        # `tasks` holds (owner, names, gates), the innermost block's first
+        self.off, self.tasks, self.row_ranks, self.restored = frozenset(), (), None, False
 
 
 switch = _Switch()
 
 
 @contextlib.contextmanager
-def _set(off, restored):
-    before = switch.off, switch.restored
-    switch.off, switch.restored = off, restored
+def _set(off, tasks, row_ranks, restored):
+    before = switch.off, switch.tasks, switch.row_ranks, switch.restored
+    switch.off, switch.tasks, switch.row_ranks, switch.restored = off, tasks, row_ranks, restored
     try:
         yield
     finally:
-        switch.off, switch.restored = before
+        switch.off, switch.tasks, switch.row_ranks, switch.restored = before
 
 
 def turned_off(layers):
     """Context manager: in this thread, these layers too run without their adapters."""
-    return _set(switch.off | frozenset(map(id, layers)), switch.restored)
+    off = switch.off | frozenset(map(id, layers))
+    return _set(off, switch.tasks, switch.row_ranks, switch.restored)
+
+
+def selected(owner, names, gates=None):
+    """Context manager: in this thread, `owner`'s layers run these tasks, with gates (E,), (batch, E) or None."""
+    return _set(switch.off, ((owner, names, gates), *switch.tasks), switch.row_ranks, switch.restored)
+
+
+def selection(owner):
+    """(names, gates) of the tasks that this thread runs in `owner`'s layers; ((), None) for none."""
+    for key, names, gates in switch.tasks:
+        if key is owner:
+            return names, gates
+    return (), None
+
+
+def rows_ranked(ranks):
+    """Context manager: in this thread, batch row i uses the first ranks[i] components of every adapter."""
+    return _set(switch.off, switch.tasks, ranks, switch.restored)
+
+
+class _Traced(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 def checkpoint_context():
     """The `context_fn` for `torch.utils.checkpoint` (use_reentrant=False): a recompute sees what the forward saw."""
-    return contextlib.nullcontext(), _set(switch.off, True)
+    if torch.compiler.is_compiling():
+        # the trace already holds the state; torch demands dispatch modes here
+        return _Traced(), _Traced()
+    return contextlib.nullcontext(), _set(switch.off, switch.tasks, switch.row_ranks, True)
+
+
+def is_recompute():
+    """Whether this forward is a checkpoint's recompute, inside a backward pass, to which no state was carried."""
+    if torch.compiler.is_compiling() or switch.restored or not torch.is_grad_enabled():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+def cannot_know(what):
+    raise RuntimeError(
+        f"fastlora: {what} around a checkpointed forward, and its recompute cannot know: "
+        "expected context_fn=fastlora.checkpoint_context (use_reentrant=False) in torch.utils.checkpoint"
+    )
 
 
 def is_off(layer):
     """Whether this thread runs `layer` without its adapter. Raises RuntimeError in a recompute that cannot know."""
     off = id(layer) in switch.off
-    if torch.compiler.is_compiling() or switch.restored or not torch.is_grad_enabled():
-        return off
-    # inside a backward pass a forward is a recompute
-    if torch._C._current_graph_task_id() != -1:
+    if is_recompute():
         if off or layer._ran_off:
-            raise RuntimeError(
-                "fastlora: disable_adapter was used around a checkpointed forward, and its recompute cannot know: "
-                "expected context_fn=fastlora.checkpoint_context in torch.utils.checkpoint"
-            )
-    elif off:
+            cannot_know("disable_adapter was used")
+    elif off and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not switch.restored:
         layer._ran_off = True
     return off

@@ -88,14 +88,14 @@ def test_a_layer_assigned_by_hand_is_seen(x):
         assert (layer(x) - base(x)).abs().max() > 0.1
 
 
-def test_attention_output_is_refused_by_name_and_left_out_by_all_linear():
+def test_attention_output_is_refused_by_name_and_adapted_with_its_layer():
     model = encoder()
     before = [(n, type(m)) for n, m in model.named_modules()]
     with pytest.raises(ValueError, match="self_attn.out_proj: got the out_proj of nn.MultiheadAttention"):
         inject(model, target_modules=["linear1", "out_proj"])
     assert [(n, type(m)) for n, m in model.named_modules()] == before
-    with pytest.warns(UserWarning, match="self_attn.out_proj gets no adapter"):
-        inject(model)
+    inject(model)
     assert not hasattr(model.self_attn.out_proj, "lora_A") and hasattr(model.linear2, "lora_A")
+    assert hasattr(model.self_attn.lora_o, "lora_A")
     with pytest.raises(ValueError, match="out_proj"):
         nn.MultiheadAttention(8, 2).out_proj = lora.Linear(8, 8, r=2)

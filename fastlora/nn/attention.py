@@ -1,0 +1,199 @@
+"""LoRA on multi-head attention: an adapter on each of the projections q, k, v and o that is chosen."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlora.nn import names
+from fastlora.nn.fastpath import watch_registrations
+from fastlora.nn.layer import check_adapter
+from fastlora.nn.linear import LinearLoRA
+from fastlora.nn.switch import is_off, switch
+from fastlora.ops import check
+
+PROJECTIONS = ("q", "k", "v", "o")
+
+
+class ProjectionLoRA(LinearLoRA, nn.Module):
+    """The adapter of one projection, whose W (out_features, in_features) belongs to the attention layer."""
+
+    kind = "projection"
+    lora_base = None
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x, weight, bias):
+        off = (switch.off or self._ran_off) and is_off(self)
+        return self.run(None if off else self.adapters(), x, weight, bias)
+
+    def run(self, adapters, x, weight, bias):
+        return F.linear(x, weight, bias) if adapters is None else self.project(x, weight, bias, *adapters)
+
+
+class AttentionLoRA:
+    """`nn.MultiheadAttention` with children lora_q, lora_k, lora_v, lora_o where there is an adapter."""
+
+    kind = "attention"
+    holds_adapters = True
+
+    def add_projections(self, enable_lora, cls=ProjectionLoRA):
+        """Add children lora_q, …, without adapters yet, and freeze the weights that they stand beside."""
+        for name in enable_lora:
+            weight = self.projection_weights()[name]
+            self.add_module(f"lora_{name}", cls(weight.shape[1], weight.shape[0]).train(self.training))
+            owner, key, _ = self._place(name)
+            owner._parameters[key].requires_grad = False
+
+    def attach(self, r, lora_alpha, lora_dropout, dtype, device):
+        """Give each projection among the children an adapter, not yet initialised."""
+        for projection in self.projections().values():
+            projection.attach(r, lora_alpha, lora_dropout, dtype, device)
+
+    def reset_lora_parameters(self):
+        for projection in self.projections().values():
+            projection.reset_lora_parameters()
+
+    def projections(self):
+        """{"q": ProjectionLoRA, …} of those that have an adapter."""
+        return {name: self._modules[f"lora_{name}"] for name in PROJECTIONS if f"lora_{name}" in self._modules}
+
+    def projection_weights(self):
+        """{"q": W_q (embed_dim, its input's size), …, "o": …}, as views."""
+        joint = self._qkv_same_embed_dim
+        qkv = self.in_proj_weight.chunk(3) if joint else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        return dict(zip(PROJECTIONS, (*qkv, self.out_proj.weight), strict=True))
+
+    @torch.no_grad()
+    def merge_projections(self):
+        """Put W + ΔW into new parameters: the end of a merge in place."""
+        for name, projection in self.projections().items():
+            update = projection.update(*projection.adapters())
+            owner, key, rows = self._place(name)
+            weight = owner._parameters[key]
+            merged = weight.detach().clone()
+            merged[rows] = (weight[rows] + update).to(weight.dtype)
+            owner._parameters[key] = nn.Parameter(merged, requires_grad=weight.requires_grad)
+
+    def _place(self, name):
+        """(module, parameter's name, rows) that hold a projection's W."""
+        if name == "o":
+            return self.out_proj, "weight", slice(None)
+        if self._qkv_same_embed_dim:
+            start = PROJECTIONS.index(name) * self.embed_dim
+            return self, "in_proj_weight", slice(start, start + self.embed_dim)
+        return self, f"{name}_proj_weight", slice(None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        names.adopt(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(
+        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+        is_causal=False,
+    ):  # fmt: skip
+        batched = query.dim() == 3
+        check.value(query.dim() in (2, 3), "query", f"shape {tuple(query.shape)}", "2 or 3 dimensions")
+        same = key.dim() == value.dim() == query.dim()
+        check.value(same, "key", f"{key.dim()} dimensions, value {value.dim()}", f"{query.dim()}, as query")
+        check.value(attn_mask is not None or not is_causal, "attn_mask", None, "a mask, of which is_causal is a hint")
+        if not batched:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        q, k, v = self._project(query, key, value)
+        mask = self._mask(q, k, key_padding_mask, attn_mask)
+        k, v, mask = self._extend(k, v, mask)
+        y, shares = self._attend(q, k, v, mask, need_weights)
+        y = self._adapt("o", y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        if shares is not None and average_attn_weights:
+            shares = shares.mean(1)
+        if not batched:
+            return y.squeeze(0), None if shares is None else shares.squeeze(0)
+        return y if self.batch_first else y.transpose(0, 1), shares
+
+    def _adapt(self, name, x, weight, bias):
+        projection = self._modules.get(f"lora_{name}")
+        return F.linear(x, weight, bias) if projection is None else projection(x, weight, bias)
+
+    def _project(self, query, key, value):
+        """q, k, v as (batch, heads, length, head_dim)."""
+        weights = self.projection_weights()
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        inputs = zip("qkv", (query, key, value), biases, strict=True)
+        each = [self._adapt(name, x, weights[name], bias) for name, x, bias in inputs]
+        return [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in each]
+
+    def _mask(self, q, k, key_padding_mask, attn_mask):
+        """One additive mask that broadcasts to (batch, heads, query length, key length), or None."""
+        n, heads, length, _ = q.shape
+        mask = None
+        if attn_mask is not None:
+            shapes = (length, k.shape[2]), (n * heads, length, k.shape[2])
+            got = tuple(attn_mask.shape)
+            check.value(got in shapes, "attn_mask", got, f"{shapes[0]} or {shapes[1]}")
+            mask = _additive(attn_mask, q.dtype)
+            mask = mask.unflatten(0, (n, heads)) if mask.dim() == 3 else mask[None, None]
+        if key_padding_mask is not None:
+            got, want = tuple(key_padding_mask.shape), (n, k.shape[2])
+            check.value(got == want, "key_padding_mask", got, want)
+            padding = _additive(key_padding_mask, q.dtype)[:, None, None]
+            mask = padding if mask is None else mask + padding
+        return mask
+
+    def _extend(self, k, v, mask):
+        """With add_bias_kv and add_zero_attn: one more key and value each, that no mask hides."""
+        n, heads, _, size = k.shape
+        extra = []
+        if self.bias_k is not None:
+            extra.append([t.view(1, heads, 1, size).expand(n, -1, -1, -1) for t in (self.bias_k, self.bias_v)])
+        if self.add_zero_attn:
+            extra.append([k.new_zeros(n, heads, 1, size)] * 2)
+        for more_k, more_v in extra:
+            k, v = torch.cat((k, more_k), 2), torch.cat((v, more_v), 2)
+            mask = None if mask is None else F.pad(mask, (0, 1))
+        return k, v, mask
+
+    def _attend(self, q, k, v, mask, need_weights):
+        p = self.dropout if self.training else 0.0
+        if not need_weights:
+            return F.scaled_dot_product_attention(q, k, v, mask, p), None
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        shares = F.dropout((scores if mask is None else scores + mask).softmax(-1), p)
+        return shares @ v, shares
+
+
+def _additive(mask, dtype):
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -math.inf)
+
+
+class MultiheadAttention(AttentionLoRA, nn.MultiheadAttention):
+    """`nn.MultiheadAttention` with an adapter on each projection named in `enable_lora`, and on no other.
+
+    Each of "q", "k", "v", "o" in `enable_lora` computes x Wᵀ + bias + lora_alpha / r (dropout(x) lora_Aᵀ) lora_Bᵀ with
+    its own lora_A (r, its input's size) and lora_B (embed_dim, r), under torch's keys and lora_q.lora_A and so on.
+    `kwargs` are torch's (kdim, vdim, batch_first, dropout, bias, …), and forward's arguments and results are torch's.
+    The projections run unmerged in eval mode; `merge_and_export` gives a plain nn.MultiheadAttention. r = 0 has no
+    adapters. Raises ValueError naming the argument. Source: loratorch, whose delta is not confined to what is enabled.
+    """
+
+    lora_base = nn.MultiheadAttention
+
+    def __init__(
+        self, embed_dim, num_heads, enable_lora=PROJECTIONS, r=0, lora_alpha=1, lora_dropout=0.0, **kwargs
+    ):  # fmt: skip
+        check_adapter(r, lora_alpha, lora_dropout)
+        enabled = isinstance(enable_lora, (list, tuple)) and set(enable_lora) <= set(PROJECTIONS)
+        check.value(enabled, "enable_lora", repr(enable_lora), "a list of 'q', 'k', 'v', 'o'")
+        watch_registrations()
+        super().__init__(embed_dim, num_heads, **kwargs)
+        if r:
+            self.add_projections(enable_lora)
+            self.attach(r, lora_alpha, lora_dropout, self.out_proj.weight.dtype, self.out_proj.weight.device)
+            self.reset_lora_parameters()

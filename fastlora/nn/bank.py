@@ -1,0 +1,79 @@
+"""A layer with several adapters, by name: which of them run is chosen per thread, in one gated call."""
+
+import torch
+from torch import nn
+
+from fastlora.nn.attention import ProjectionLoRA
+from fastlora.nn.layer import Adapter
+from fastlora.nn.switch import cannot_know, is_off, is_recompute, selection, switch
+
+
+def escape(name):
+    """A task's name as a key of nn.ModuleDict, which refuses dots."""
+    return name.replace("%", "%25").replace(".", "%2E")
+
+
+def unescape(key):
+    return key.replace("%2E", ".").replace("%25", "%")
+
+
+class TaskAdapter(Adapter, nn.Module):
+    """One task's lora_A, lora_B and scaling on one layer."""
+
+    def extra_repr(self):
+        return f"r={self.r}, lora_alpha={self.lora_alpha}"
+
+
+class Bank:
+    """Mixed in before a kind of LoRA layer: `tasks` holds a TaskAdapter for each name, `owner` keys the selection.
+
+    y = base(x) + Σ gate_e · scale_e · (D(x) A_eᵀ) B_eᵀ over the tasks that `switch` has selected for the owner.
+    """
+
+    # (names, gates) of the forwards since train() that a recompute could repeat; None: none yet, False: several
+    _ran = None
+
+    def open(self, owner, lora_dropout=0.0):
+        """Make room for tasks."""
+        self.owner, self.tasks = owner, nn.ModuleDict()
+        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
+
+    @property
+    def r(self):
+        """The rank in force: the sum of the selected tasks'."""
+        return sum(self.tasks[escape(name)].r for name in selection(self.owner)[0])
+
+    def adapters(self):
+        names, gates = selection(self.owner)
+        tasks = [self.tasks[escape(name)] for name in names]
+        scaling = tasks[0].scaling if len(tasks) == 1 else torch.stack([t.scaling for t in tasks])
+        return tuple(t.lora_A for t in tasks), tuple(t.lora_B for t in tasks), scaling, gates
+
+    def forward(self, *args, **kwargs):
+        if not torch.compiler.is_compiling():
+            self._note_run()
+        off = bool(switch.off or self._ran_off) and is_off(self)
+        none = off or not selection(self.owner)[0]
+        return self.run(None if none else self.adapters(), *args, **kwargs)
+
+    def _note_run(self):
+        """A recompute that nothing carried the tasks to must be the only selection there was, or it could differ."""
+        names, gates = selection(self.owner)
+        ran = self._ran
+        same = ran and ran[0] == names and ran[1] is gates
+        if is_recompute():
+            if not same:
+                cannot_know("tasks were chosen")
+        elif not same and not switch.restored and (self.training or torch.is_grad_enabled()):
+            self._ran = (names, gates) if ran is None else False
+
+    def train(self, mode=True):
+        self._ran = None
+        return super().train(mode)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_ran": None}
+
+
+class TaskProjection(Bank, ProjectionLoRA):
+    """A projection of an attention layer with named tasks."""

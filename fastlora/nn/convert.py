@@ -1,0 +1,149 @@
+"""Plain torch modules that become LoRA layers, and back: the object stays, its class changes.
+
+So hooks, device maps, ties and the base's names in a state dict stay as well.
+"""
+
+import importlib
+import sys
+import types
+
+import torch
+from torch import nn
+
+from fastlora.nn.attention import PROJECTIONS, AttentionLoRA, ProjectionLoRA
+from fastlora.nn.bank import TaskProjection
+from fastlora.nn.conv import ConvLoRA
+from fastlora.nn.embedding import EmbeddingLoRA
+from fastlora.nn.fastpath import check_called
+from fastlora.nn.linear import DenseLoRA, OpaqueLoRA, lora_class
+from fastlora.ops import check
+
+# exact type -> the kind of LoRA layer it becomes
+_kinds = {
+    nn.Linear: DenseLoRA,
+    nn.Embedding: EmbeddingLoRA,
+    nn.Conv1d: ConvLoRA,
+    nn.Conv2d: ConvLoRA,
+    nn.Conv3d: ConvLoRA,
+    nn.MultiheadAttention: AttentionLoRA,
+}
+# types of linear layer that store W as (in, out)
+_transposed = set()
+# what an adapter adds to a module, and takes away again
+_OWN = ("r", "lora_alpha", "lora_dropout", "lora_A", "lora_B", "scaling", "rank", "frozen", "_factor", "fan_in_fan_out",
+        "merged", "merge_weights", "enable_lora", "form", "tasks", "owner", "_merged_copy", "_ran_off",
+        "_ran")  # fmt: skip
+# module that defines a type of linear layer -> ours that registers it, loaded once the former is
+_INTEGRATIONS = {"transformers.pytorch_utils": "fastlora.integrations.transformers"}
+
+
+def register_linear(cls, fan_in_fan_out=False):
+    """Treat modules of exactly this type as y = x Wᵀ + bias, with `weight` stored (in, out) if `fan_in_fan_out`."""
+    _kinds[cls] = DenseLoRA
+    if fan_in_fan_out:
+        _transposed.add(cls)
+
+
+def kind_of(module):
+    """The kind of LoRA layer that a module becomes; None for one that cannot have an adapter."""
+    for defines, registers in _INTEGRATIONS.items():
+        if defines in sys.modules:
+            importlib.import_module(registers)
+    kind = _kinds.get(getattr(type(module), "lora_base", type(module)))
+    if kind is DenseLoRA:
+        weight = module._parameters.get("weight")
+        dense = type(weight) is nn.Parameter and weight.is_floating_point()
+        return DenseLoRA if dense and weight.layout == torch.strided and weight.dim() == 2 else OpaqueLoRA
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return kind or (OpaqueLoRA if all(isinstance(size, int) for size in sizes) else None)
+
+
+def is_linear(module):
+    kind = kind_of(module)
+    return kind is not None and issubclass(kind, (DenseLoRA, OpaqueLoRA))
+
+
+def factor_shapes(module, r):
+    """The shapes of lora_A and lora_B for an adapter of rank r on this module, plain or not."""
+    return kind_of(module).adapter_shapes(module, r)
+
+
+def check_convertible(name, modules, r):
+    """Raise ValueError unless the module of this name can have an adapter of rank r."""
+    kind = kind_of(modules[name]) if name in modules else None
+    check.value(kind, "target_modules", f"{name!r}", "the name of a layer that can have an adapter")
+    check_called(name, modules)
+    module, attributes = modules[name], vars(modules[name])
+    taken = [own for own in _OWN if hasattr(module, own)]
+    got = f"a {type(module).__name__} with a {' and a '.join(taken)} of its own"
+    check.value(not taken, name, got, "a layer without an adapter")
+    weight = getattr(module, "weight", None)
+    ready = not isinstance(weight, nn.UninitializedParameter) and not hasattr(weight, "device_mesh")
+    check.value(ready, name, f"a {type(weight).__name__} as weight", "one that has a shape and is not yet sharded")
+    hook = getattr(module, "_hf_hook", None)
+    offloaded = any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
+    # that hook keeps a list of the weights that it moves
+    check.value(not offloaded, name, "a module that accelerate offloads", "inject before dispatch_model")
+    kept = "forward" not in attributes or _bound_forwards(module)
+    check.value(kept, name, f"an instance attribute forward, {attributes.get('forward')}, that passes the adapter by",
+                "the forward of its class")  # fmt: skip
+    if hasattr(kind, "check_base"):
+        kind.check_base(module, r)
+
+
+def _bound_forwards(module):
+    """The instance attributes that hold the class's own forward, as accelerate's `_old_forward`."""
+    own = type(module).forward
+    return [
+        key for key, value in vars(module).items()
+        if getattr(value, "__self__", None) is module and getattr(value, "__func__", None) is own
+    ]  # fmt: skip
+
+
+def _change_class(module, cls):
+    bound = _bound_forwards(module)
+    module.__class__ = cls
+    for key in bound:
+        vars(module)[key] = types.MethodType(cls.forward, module)
+
+
+def like(module):
+    """A tensor with the dtype and device that an adapter of this module takes after."""
+    weight = module._parameters.get("weight")
+    return next((t for t in (weight, *module.parameters(), *module.buffers()) if t is not None), torch.empty(0))
+
+
+def convert(module, *mixins):
+    """Make a module a LoRA layer, in place, without an adapter yet; `mixins` come before its kind (Bank, say)."""
+    base, kind = type(module), kind_of(module)
+    if kind is AttentionLoRA:
+        _change_class(module, lora_class(base, AttentionLoRA))
+        module.add_projections(PROJECTIONS, TaskProjection if mixins else ProjectionLoRA)
+        return
+    _change_class(module, lora_class(base, *mixins, kind))
+    if base in _transposed:
+        module.fan_in_fan_out = True
+
+
+def restore(module, merged):
+    """Make a LoRA layer its base again, with W + ΔW as a new weight if `merged`."""
+    base = type(module).lora_base
+    if isinstance(module, AttentionLoRA):
+        if merged:
+            module.merge_projections()
+        for name in module.projections():
+            del module._modules[f"lora_{name}"]
+        _change_class(module, base)
+        return
+    weight = None
+    if merged and module.r:
+        weight = module.merged_weight()
+    elif module.fan_in_fan_out and base is nn.Linear:
+        weight = module.base_weight().detach()
+    if weight is not None:
+        weight = weight if base is nn.Linear or not module.fan_in_fan_out else weight.t()
+        module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
+    for name in _OWN:
+        for attributes in (module._parameters, module._modules, vars(module)):
+            attributes.pop(name, None)
+    _change_class(module, base)
