@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from fastlora.model import adapt, lora_layers
 from fastlora.nn.convert import factor_shapes, is_linear
 from fastlora.nn.layer import LoRALayer
+from fastlora.nn.names import from_any_name
 from fastlora.ops import check
 
 # what PEFT's config may say without changing the layer's formula; any other field that is set is refused
@@ -30,12 +31,6 @@ _UNDERSTOOD = {
 }  # fmt: skip
 # initialisations that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoftQ and others change them
 _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-
-
-def from_any_name(key):
-    """The name here of a tensor that loralib, PEFT's files or a PEFT model call `key`."""
-    key = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    return re.sub(r"((?:^|\.)lora_[AB])(\.\w+)?\.weight$", r"\1", key)
 
 
 def to_peft_name(name, adapted):

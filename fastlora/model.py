@@ -100,7 +100,7 @@ def _matches(target, whole, modules, fit):
     return names
 
 
-def _make_plain(model, merged):
+def make_plain(model, merged):
     """Make every LoRA layer its base again, with W + ΔW as a new weight if `merged`."""
     layers = [m for m in model.modules() if holds_adapters(m) and not isinstance(m, ProjectionLoRA)]
     for cls in map(type, layers):
@@ -128,7 +128,7 @@ def merge(model, in_place=False):
             layer.refresh()
         return model
     _untie(model, layers.values())
-    return _make_plain(model, merged=True)
+    return make_plain(model, merged=True)
 
 
 def _untie(model, layers):
@@ -151,12 +151,14 @@ def unmerge(model):
 def remove(model):
     """Take the adapters out: plain torch modules with W as it always was, still frozen. Returns the model."""
     lora_layers(model)
-    return _make_plain(model, merged=False)
+    return make_plain(model, merged=False)
 
 
 def merge_and_export(model):
     """A plain torch copy of a model or of one layer, with W + ΔW as its weights; the model itself is left alone."""
-    return merge(copy.deepcopy(model), in_place=True)
+    # a model that knows more about its adapters, as tasks.Model does
+    own = getattr(type(model), "merge_and_export", None)
+    return own(model) if own else merge(copy.deepcopy(model), in_place=True)
 
 
 def mark_only_lora_as_trainable(model, bias="none"):

@@ -41,12 +41,10 @@ class AttentionLoRA:
     holds_adapters = True
 
     def add_projections(self, enable_lora, cls=ProjectionLoRA):
-        """Add children lora_q, …, without adapters yet, and freeze the weights that they stand beside."""
+        """Add children lora_q, …, without adapters yet."""
         for name in enable_lora:
             weight = self.projection_weights()[name]
             self.add_module(f"lora_{name}", cls(weight.shape[1], weight.shape[0]).train(self.training))
-            owner, key, _ = self._place(name)
-            owner._parameters[key].requires_grad = False
 
     def attach(self, r, lora_alpha, lora_dropout, dtype, device):
         """Give each projection among the children an adapter, not yet initialised."""
@@ -71,6 +69,8 @@ class AttentionLoRA:
     def merge_projections(self):
         """Put W + ΔW into new parameters: the end of a merge in place."""
         for name, projection in self.projections().items():
+            if not projection.r:
+                continue
             update = projection.update(*projection.adapters())
             owner, key, rows = self._place(name)
             weight = owner._parameters[key]
@@ -197,3 +197,5 @@ class MultiheadAttention(AttentionLoRA, nn.MultiheadAttention):
             self.add_projections(enable_lora)
             self.attach(r, lora_alpha, lora_dropout, self.out_proj.weight.dtype, self.out_proj.weight.device)
             self.reset_lora_parameters()
+            for owner, key, _ in map(self._place, enable_lora):
+                owner._parameters[key].requires_grad = False

@@ -37,11 +37,18 @@ class Bank:
         """Make room for tasks."""
         self.owner, self.tasks = owner, nn.ModuleDict()
         self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
+        if self.kind == "conv":
+            self.form = "tasks"
 
     @property
     def r(self):
         """The rank in force: the sum of the selected tasks'."""
         return sum(self.tasks[escape(name)].r for name in selection(self.owner)[0])
+
+    def set_scale(self, scale):
+        """Scale the selected tasks by scale · lora_alpha / r."""
+        for name in selection(self.owner)[0]:
+            self.tasks[escape(name)].set_scale(scale)
 
     def adapters(self):
         names, gates = selection(self.owner)
@@ -77,3 +84,30 @@ class Bank:
 
 class TaskProjection(Bank, ProjectionLoRA):
     """A projection of an attention layer with named tasks."""
+
+
+class Wrapped(nn.Module):
+    """A module of a user's own type, `module`, with a module for each task that runs in its place.
+
+    Several tasks, or weights: module(x) + Σ gate · (task(x) − module(x)), a loop, as nothing is known of what they do.
+    """
+
+    def __init__(self, module, owner):
+        super().__init__()
+        self.module, self.owner, self.tasks = module, owner, nn.ModuleDict()
+
+    def forward(self, *args, **kwargs):
+        names, gates = selection(self.owner)
+        if not names:
+            return self.module(*args, **kwargs)
+        if len(names) == 1 and gates is None:
+            return self.tasks[escape(names[0])](*args, **kwargs)
+        base = self.module(*args, **kwargs)
+        y = base
+        for e, name in enumerate(names):
+            update = self.tasks[escape(name)](*args, **kwargs) - base
+            gate = 1 if gates is None else gates[..., e]
+            if gates is not None and gates.dim() > 1:
+                gate = gate.view(-1, *(1 for _ in base.shape[1:]))
+            y = y + gate * update
+        return y

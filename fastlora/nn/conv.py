@@ -28,7 +28,7 @@ class ConvLoRA(LoRALayer):
     form = "peft"
 
     def check_base(self, r):
-        fits = getattr(self, "form", ConvLoRA.form) != "peft" or r % self.groups == 0
+        fits = r is None or getattr(self, "form", ConvLoRA.form) != "peft" or r % self.groups == 0
         check.value(fits, "r", r, f"a multiple of groups = {self.groups}, in the form 'peft'")
 
     @property

@@ -69,7 +69,7 @@ def factor_shapes(module, r):
 
 
 def check_convertible(name, modules, r):
-    """Raise ValueError unless the module of this name can have an adapter of rank r."""
+    """Raise ValueError unless the module of this name can have an adapter of rank r, or tasks (None)."""
     kind = kind_of(modules[name]) if name in modules else None
     check.value(kind, "target_modules", f"{name!r}", "the name of a layer that can have an adapter")
     check_called(name, modules)

@@ -94,7 +94,7 @@ class LoRALayer(Adapter):
         self.reset_parameters()
 
     def check_base(self, r):
-        """Raise ValueError for a base layer that cannot have an adapter of rank r."""
+        """Raise ValueError for a base layer that cannot have an adapter of rank r, or of any (None)."""
 
     def narrow(self, lora_A, lora_B, start, stop):
         """The components start to stop of the r, as views."""

@@ -1,0 +1,211 @@
+"""The model with named tasks."""
+
+import collections
+import copy
+
+import torch
+from torch import nn
+
+from fastlora.model import find_targets, make_plain
+from fastlora.nn.bank import Bank, TaskProjection, Wrapped, escape
+from fastlora.nn.convert import check_convertible, convert
+from fastlora.nn.fastpath import update_fast_paths
+from fastlora.nn.layer import LoRALayer, check_adapter
+from fastlora.nn.switch import checkpoint_context, selected, selection
+from fastlora.ops import check
+from fastlora.tasks import state
+from fastlora.tasks.adapters import custom_constructor, default_rank, find, make_adapter
+
+
+class Owner:
+    """The key under which a thread's choice of tasks is kept; a copy of a Model has its own."""
+
+
+class Model(nn.Module):
+    """A model with named tasks: `model(x, task="a")`, `model(x, tasks={"a": 0.7, "b": 0.3})`, `with model.task("a"):`.
+
+    Every linear layer, embedding, convolution and nn.MultiheadAttention of `model`, or those that `target_modules`
+    names as in `inject`, gets room for tasks, in place; modules of a type in `base_module_wrappers` get what is
+    registered there. A choice of tasks is a name; a list of names, which are summed; a dict of weights; or a list with
+    one of these, or None, for each batch row. Nothing chosen is the base model. The choice belongs to a thread; a
+    weight may be a tensor, with a gradient, and compiled code does not compile again for its value. `r` and `lora_alpha`
+    are the tasks' defaults: int(sqrt(min(in, out))), and r. Raises ValueError for a layer that cannot have tasks. Source: TheDiscoMole/LoRA.
+    """
+
+    def __init__(self, model, r=None, lora_alpha=None, lora_dropout=0.0, target_modules=None):
+        super().__init__()
+        check.kind(isinstance(model, nn.Module), "model", type(model).__name__, "an nn.Module")
+        held = [m for m in model.modules() if isinstance(m, (LoRALayer, Wrapped, Model))]
+        check.value(not held, "model", "a model that has adapters", "a plain one")
+        check_adapter(r or 1, lora_alpha or 1, lora_dropout, least=1)
+        self.defaults, self.owner, self.names = (r, lora_alpha), Owner(), []
+        targets = None if target_modules is None else find_targets(model, target_modules)
+        found = find("", model, set()) if targets is None else dict.fromkeys(targets, True)
+        check.value(found, "model", f"a {type(model).__name__}", "a model with layers that can have adapters")
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name in (name for name, bank in found.items() if bank):
+            check_convertible(name, modules, None)
+        self.model = self._wrap(model, modules, found, lora_dropout)
+        update_fast_paths(self.model)
+
+    def _wrap(self, model, modules, found, lora_dropout):
+        for name in (name for name, bank in found.items() if bank):
+            convert(modules[name], Bank)
+            for layer in modules[name].modules():
+                if isinstance(layer, Bank):
+                    layer.open(self.owner, lora_dropout)
+        wrapped = {id(modules[name]): Wrapped(modules[name], self.owner) for name, bank in found.items() if not bank}
+        for name, module in modules.items():
+            # under each of a module's names: ties stay
+            if id(module) in wrapped and name:
+                parent, _, child = name.rpartition(".")
+                modules[parent].add_module(child, wrapped[id(module)])
+        return wrapped.get(id(model), model)
+
+    def __getattr__(self, name):
+        # what a Trainer asks of a model: config, device, generate
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def lora_layers(self):
+        """The layers that hold tasks."""
+        return (layer for _, layer in self._layers())
+
+    def _layers(self, every_name=False):
+        found = self.model.named_modules(remove_duplicate=not every_name)
+        return [(name, module) for name, module in found if isinstance(module, (Bank, Wrapped))]
+
+    def add_task(self, task, r=None, lora_alpha=None, init="zero", exist_ok=False):
+        """Add a task to every layer, in the layer's dtype and device, without changing an output; returns self.
+
+        `r` and `lora_alpha` default to the model's. `init="original"` draws both factors, as the original does: then
+        the output does change. Raises ValueError for a task that is there, unless `exist_ok`.
+        """
+        check.kind(isinstance(task, str), "task", type(task).__name__, "a name")
+        check.value(task, "task", "''", "a name")
+        if exist_ok and task in self.names:
+            return self
+        check.value(task not in self.names, "task", repr(task), f"a new name, besides {self.names}")
+        r, lora_alpha = r or self.defaults[0], lora_alpha or self.defaults[1]
+        made = [(layer, self._make(name, layer, r, lora_alpha, init)) for name, layer in self._layers()]
+        for layer, module in made:
+            layer.tasks[escape(task)] = module.train(layer.training)
+        self.names.append(task)
+        return self
+
+    def _make(self, name, layer, r, lora_alpha, init):
+        if isinstance(layer, Wrapped):
+            return custom_constructor(layer.module)(layer.module)
+        if r is None and (make := custom_constructor(layer)):
+            return make(layer)
+        inside = isinstance(layer, TaskProjection)
+        base = self.model.get_submodule(name.rpartition(".")[0]).out_proj.weight if inside else None
+        return make_adapter(layer, default_rank if r is None else r, lora_alpha, init, base)
+
+    def remove_task(self, task):
+        """Remove a task and its parameters; returns self."""
+        self._known(task)
+        for layer in self.lora_layers():
+            del layer.tasks[escape(task)]
+            layer.train(layer.training)
+        self.names.remove(task)
+        return self
+
+    def _known(self, *tasks):
+        for task in tasks:
+            if task not in self.names:
+                raise KeyError(f"fastlora: task: got {task!r}, expected one of {self.names}")
+
+    def requires_grad_(self, requires_grad=True, task=None):
+        """Train the parameters of a task, or of the base model where `task` is None, or not; returns self."""
+        for parameter in (state.base_tensors(self) if task is None else state.task_tensors(self, task)).values():
+            if isinstance(parameter, nn.Parameter):
+                parameter.requires_grad = requires_grad
+        return self
+
+    def task(self, tasks):
+        """Context manager: this thread's forwards in the block use these tasks; None or [] is the base model."""
+        return selected(self.owner, *self._choose(tasks))
+
+    def _choose(self, tasks):
+        """(names, gates) of a choice: gates (E,), (batch, E), or None where every weight is 1."""
+        rows = not isinstance(tasks, (str, dict)) and tasks is not None and not all(isinstance(t, str) for t in tasks)
+        weights = [_weights(row) for row in tasks] if rows else [_weights(tasks)]
+        chosen = tuple({name: None for row in weights for name in row})
+        self._known(*chosen)
+        if not rows and all(isinstance(w, int) and w == 1 for w in weights[0].values()) or not chosen:
+            return chosen, None
+        device = next(self.parameters()).device
+        listed = [row.get(name, 0) for row in weights for name in chosen]
+        learned = any(isinstance(w, torch.Tensor) for w in listed)
+        gates = torch.stack([torch.as_tensor(w, dtype=torch.float32) for w in listed]) if learned else torch.tensor(
+            listed, dtype=torch.float32)  # fmt: skip
+        return chosen, gates.to(device).view(*((len(weights),) if rows else ()), len(chosen))
+
+    def forward(self, *inputs, task=None, tasks=None, **kwargs):
+        """The model's forward with a task, with several, or with what the thread's `task` block has chosen."""
+        with self._block(task, tasks):
+            return self.model(*inputs, **kwargs)
+
+    def generate(self, *inputs, task=None, tasks=None, **kwargs):
+        """The model's `generate` with these tasks."""
+        with self._block(task, tasks):
+            return self.model.generate(*inputs, **kwargs)
+
+    def _block(self, task, tasks):
+        check.value(task is None or tasks is None, "tasks", "task as well", "one of the two")
+        chosen = tasks if task is None else task
+        return selected(self.owner, *(selection(self.owner) if chosen is None else self._choose(chosen)))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """transformers' method, with `context_fn=fastlora.checkpoint_context`: a recompute runs the forward's tasks."""
+        given = dict(gradient_checkpointing_kwargs or {})
+        reentrant = given.setdefault("use_reentrant", False)
+        check.value(not reentrant, "use_reentrant", reentrant, "False: a reentrant recompute cannot know the tasks")
+        given.setdefault("context_fn", checkpoint_context)
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
+
+    def state_dict(self, *args, task=None, destination=None, prefix="", keep_vars=False):
+        """A task's tensors, or, where `task` is None, those of the base model alone, under the model's own names.
+
+        A task's names and layouts are the original's: "fc.<task>.module.A" (out, r), "fc.<task>.module.B" (r, in). To
+        keep a training run save each task of `names`; what a Trainer writes by itself is the base model.
+        """
+        found = state.base_tensors(self) if task is None else state.saved_task(self, task)
+        destination = collections.OrderedDict() if destination is None else destination
+        for name, tensor in found.items():
+            live = keep_vars or not isinstance(tensor, torch.Tensor)
+            destination[prefix + name] = tensor if live else tensor.detach()
+        return destination
+
+    def load_state_dict(self, state_dict, strict=True, assign=False, task=None):
+        """Load the base model, or a task from a file of any task, in the original's names, ours or PEFT's.
+
+        Returns torch's (missing_keys, unexpected_keys). Raises RuntimeError as torch does for these if `strict`, and
+        for shapes; then nothing has changed. `assign` as in torch, for the base model alone.
+        """
+        if task is not None:
+            return state.load_task(self, state_dict, task, strict)
+        return state.load_base(self, state_dict, strict, assign)
+
+    def merge_and_export(self, tasks=None):
+        """A plain copy of the wrapped model with W + Σ gate · ΔW of these tasks, or of those chosen in this thread."""
+        names, gates = selection(self.owner) if tasks is None else self._choose(tasks)
+        banks = all(isinstance(layer, Bank) for layer in self.lora_layers())
+        check.value(banks, "model", "a module of a user's type with tasks", "layers whose weights can be merged")
+        plain = copy.deepcopy(self)
+        with selected(plain.owner, names, gates):
+            return make_plain(plain.model, merged=True)
+
+
+def _weights(row):
+    """{name: weight} of one choice."""
+    if row is None or isinstance(row, (str, dict)):
+        return {} if row is None else row if isinstance(row, dict) else {row: 1}
+    named = isinstance(row, (list, tuple)) and all(isinstance(name, str) for name in row)
+    check.value(named, "tasks", repr(row), "a name, a list of names, a dict of weights, or a list of these")
+    return {name: row.count(name) for name in row}

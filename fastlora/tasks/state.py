@@ -1,0 +1,134 @@
+"""State dicts of a model with tasks: the base model's tensors, and one task's."""
+
+import torch
+from torch.nn.modules.module import _IncompatibleKeys
+
+from fastlora.nn import names
+from fastlora.nn.bank import Wrapped, escape
+from fastlora.ops import check
+
+
+def _below(path, name):
+    return f"{path}.{name}" if path else name
+
+
+def base_tensors(model):
+    """{name: tensor} of the base model, under the names it had before it was wrapped."""
+    return {plain: tensor for plain, (_, tensor) in _base(model).items()}
+
+
+def _base(model):
+    """{plain name: (name inside, tensor)}; a user's wrapped module keeps its own tensors below `module`."""
+    found = model.model.state_dict(keep_vars=True)
+    inside = {name: name for name in found}
+    for path, layer in model._layers(every_name=True):
+        tasks, module = _below(path, "tasks."), _below(path, "module.")
+        inside = {name: plain for name, plain in inside.items() if not name.startswith(tasks)}
+        if isinstance(layer, Wrapped):
+            inside = {n: _below(path, n[len(module) :]) if n.startswith(module) else p for n, p in inside.items()}
+    return {plain: (name, found[name]) for name, plain in inside.items()}
+
+
+def load_base(model, given, strict, assign):
+    """Load the base model; the original's "fc.module.weight" is "fc.weight"."""
+    base, renamed = _base(model), {}
+    for path, _ in model._layers(every_name=True):
+        module = _below(path, "module.")
+        renamed.update((k, _below(path, k[len(module) :])) for k in given if k.startswith(module) and k not in base)
+    plain = {renamed.get(name, name): tensor for name, tensor in given.items()}
+    report = _compare({name: tensor for name, (_, tensor) in base.items()}, plain, strict)
+    inside = {base[name][0]: tensor for name, tensor in plain.items() if name in base}
+    model.model.load_state_dict(inside, strict=False, assign=assign)
+    return report
+
+
+def task_tensors(model, task):
+    """{(layer's name, parameter's name): parameter} of a task."""
+    model._known(task)
+    each = ((path, layer.tasks[escape(task)]) for path, layer in model._layers())
+    return {(path, name): tensor for path, module in each for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def saved_task(model, task):
+    """A task's tensors under the original's names."""
+    tensors = {}
+    for path, layer in model._layers():
+        own = {name: tensor for (at, name), tensor in task_tensors(model, task).items() if at == path}
+        if not isinstance(layer, Wrapped):
+            A, B = names.to_tasks(layer.kind, own["lora_A"], own["lora_B"])
+            own = {"A": A.contiguous(), "B": B.contiguous()}
+        tensors.update((_below(path, f"{task}.module.{name}"), tensor) for name, tensor in own.items())
+    return tensors
+
+
+@torch.no_grad()
+def load_task(model, given, task, strict):
+    """Load a task from a file of this or of one other task."""
+    own = task_tensors(model, task)
+    kinds = {path: None if isinstance(layer, Wrapped) else layer.kind for path, layer in model._layers()}
+    sources, unexpected = {}, []
+    for key, tensor in given.items():
+        found = _parse(names.from_any_name(key), kinds, task)
+        if found is None:
+            unexpected.append(key)
+        else:
+            source, path, name = found
+            sources.setdefault(source, {})[path, name] = tensor
+    source = task if task in sources or not sources else next(iter(sources))
+    several = len(sources) > 1 and source != task
+    got = f"the tasks {sorted(map(str, sources))}"
+    check.value(not several, "state_dict", got, f"one task, or {task!r} among them")
+    tensors = _in_our_layout(sources.get(source, {}), kinds)
+    others = [_below(path, name) for s, of in sources.items() if s != source for path, name in of]
+    report = _compare(own, tensors, strict, unexpected + others)
+    for place, tensor in tensors.items():
+        if place in own:
+            own[place].copy_(tensor)
+    return report
+
+
+def _parse(key, kinds, task):
+    """(task, layer's name, parameter's name) of a key, or None. The longest layer name that fits, whole parts only."""
+    for path in sorted(kinds, key=len, reverse=True):
+        if not key.startswith(_below(path, "")):
+            continue
+        rest = key[len(_below(path, "")) :]
+        if rest in ("lora_A", "lora_B"):
+            return None, path, rest
+        if rest.startswith(f"{task}.module."):
+            return task, path, rest[len(task) + 8 :]
+        # a task's name may hold dots and the word itself; a custom module's parameter too
+        source, found, name = rest.rpartition(".module.") if kinds[path] else rest.partition(".module.")
+        if found:
+            return source, path, name
+    return None
+
+
+def _in_our_layout(tensors, kinds):
+    """lora_A and lora_B of a layer from A and B."""
+    ours = {place: tensor for place, tensor in tensors.items() if place[1] not in ("A", "B") or not kinds[place[0]]}
+    for path in {path for path, _ in tensors.keys() - ours}:
+        A, B = (tensors.get((path, name)) for name in "AB")
+        pair = zip(("lora_A", "lora_B"), names.from_tasks(kinds[path], A, B), strict=True)
+        ours.update(((path, name), tensor) for name, tensor in pair if tensor is not None)
+    return ours
+
+
+def _compare(own, given, strict, unexpected=()):
+    """torch's report on the keys; RuntimeError for shapes, and for keys if `strict`, before anything is loaded."""
+
+    def show(place):
+        return place if isinstance(place, str) else _below(*place)
+
+    missing = [show(place) for place in own if place not in given]
+    unexpected = [*unexpected, *(show(place) for place in given if place not in own)]
+    wrong = [
+        f"{show(p)}: got shape {tuple(t.shape)}, expected {tuple(own[p].shape)}"
+        for p, t in given.items()
+        if p in own and isinstance(t, torch.Tensor) and t.shape != own[p].shape
+    ]
+    if wrong or strict and (missing or unexpected):
+        lists = (("missing", missing), ("unexpected", unexpected), ("wrong shapes", wrong))
+        found = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in lists if keys)
+        raise RuntimeError(f"fastlora: state_dict: {found}; nothing was loaded")
+    return _IncompatibleKeys(missing, unexpected)
