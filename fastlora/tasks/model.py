@@ -27,9 +27,10 @@ class Model(nn.Module):
     Every linear layer, embedding, convolution and nn.MultiheadAttention of `model`, or those that `target_modules`
     names as in `inject`, gets room for tasks, in place; modules of a type in `base_module_wrappers` get what is
     registered there. A choice of tasks is a name; a list of names, which are summed; a dict of weights; or a list with
-    one of these, or None, for each batch row. Nothing chosen is the base model. The choice belongs to a thread; a
-    weight may be a tensor, with a gradient, and compiled code does not compile again for its value. `r` and `lora_alpha`
-    are the tasks' defaults: int(sqrt(min(in, out))), and r. Raises ValueError for a layer that cannot have tasks. Source: TheDiscoMole/LoRA.
+    one of these, or None, for each batch row. Nothing chosen is the base model. The choice belongs to a thread. A
+    weight may be a tensor: it gets a gradient, and compiled code is not compiled again for its value. `r` and
+    `lora_alpha` are the tasks' defaults: int(sqrt(min(in, out))), and r. Raises ValueError for a layer that cannot
+    have tasks. Source: TheDiscoMole/LoRA.
     """
 
     def __init__(self, model, r=None, lora_alpha=None, lora_dropout=0.0, target_modules=None):
