@@ -1,7 +1,7 @@
 """fastlora: LoRA at the speed of the base layer, from one adapter to thousands."""
 
 from fastlora.backends import use_backend
-from fastlora.checkpoint import load_adapter, lora_state_dict, save_adapter
+from fastlora.checkpoint import load_adapter, load_lora_state_dict, lora_state_dict, save_adapter
 from fastlora.explain import explain
 from fastlora.model import (
     disable_adapter,
@@ -45,6 +45,7 @@ __all__ = [
     "explain",
     "inject",
     "load_adapter",
+    "load_lora_state_dict",
     "lora_expand",
     "lora_linear",
     "lora_shrink",

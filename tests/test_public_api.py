@@ -26,6 +26,7 @@ EXPORTS = {
     "explain",
     "inject",
     "load_adapter",
+    "load_lora_state_dict",
     "lora_expand",
     "lora_linear",
     "lora_shrink",

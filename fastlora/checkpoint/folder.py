@@ -1,0 +1,251 @@
+"""An adapter's folder in PEFT's format, both ways."""
+
+import collections
+import json
+import math
+import pathlib
+import re
+import typing
+import warnings
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastlora.checkpoint.state import join, owner
+from fastlora.model import adapt, lora_layers
+from fastlora.nn.convert import factor_shapes, kind_of
+from fastlora.nn.fastpath import holds_adapters
+from fastlora.nn.layer import LoRALayer
+from fastlora.nn.names import base_name, from_any_name, read, write
+from fastlora.ops import check
+
+# what PEFT's config may say without changing the layer's formula; any other field that is set is refused
+_UNDERSTOOD = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+# initialisations that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoftQ and others change them
+_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def save_adapter(model, folder):
+    """Write the adapter in PEFT's folder format: adapter_config.json and adapter_model.safetensors, which PEFT loads.
+
+    Biases that are trained are saved with it; any other trained parameter is no part of an adapter: a warning says so.
+    PEFT has no MergedLinear: that is saved as a linear layer's adapter of rank g·r for g enabled parts. It has one
+    adapter for q, k and v: where their lora_A differ, they are stacked to rank g·r. lora_alpha is scaled with the rank.
+    Raises ValueError, naming the layer, for one that PEFT does not have.
+    """
+    layers = _adapted(model)
+    bias = _trained_biases(model, layers)
+    written = {name: write(layer, "peft", name) for name, layer in layers.items()}
+    named = {join(path, name): tensor for path, tensors in written.items() for name, tensor in tensors.items()}
+    named.update(_biases(model, layers, bias))
+    # copies: safetensors refuses tensors that share memory, as a tied lora_A does
+    tensors = {
+        f"base_model.model.{name}": t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, t in named.items()
+    }
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(_config(model, layers, written, bias), indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _adapted(model):
+    """{name: LoRA layer, or attention layer with projections}, once for a layer that stands under two names."""
+    inside, modules = lora_layers(model), dict(model.named_modules())
+    check.value(inside, "model", "LoRA layers of rank 0", "one with adapters")
+    own = {name: name if m.kind != "projection" else name.rpartition(".")[0] for name, m in inside.items()}
+    return {name: modules[name] for name in own.values()}
+
+
+def _one(layer):
+    """A layer whose rank, lora_alpha and dropout are this layer's: an attention layer's first projection."""
+    return next(iter(layer.projections().values())) if layer.kind == "attention" else layer
+
+
+def _biases(model, layers, bias):
+    for name, parameter in model.named_parameters():
+        path, rest = owner(layers, name)
+        if "bias" in name and (bias == "all" or bias == "lora_only" and rest == "bias" and path is not None):
+            yield name if path is None else join(path, base_name(layers[path], "peft", rest)), parameter
+
+
+def _trained_biases(model, layers):
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and not re.search(r"(^|\.)lora_[AB]", n)]
+    unsaved = [name for name in trained if "bias" not in name]
+    if unsaved:
+        warnings.warn(f"fastlora: {', '.join(unsaved[:3])}: trained, but not saved with an adapter", stacklevel=3)
+    biases = [owner(layers, name) for name in trained if "bias" in name]
+    # PEFT's "lora_only" means the attribute `bias` of a layer
+    only = all(path is not None and rest == "bias" for path, rest in biases)
+    return "none" if not biases else "lora_only" if only else "all"
+
+
+def _config(model, layers, written, bias):
+    ranks = {}
+    for name, layer in layers.items():
+        r, own = len(next(iter(written[name].values()))), _one(layer)
+        ranks[name] = r, own.lora_alpha if r == own.r else _whole(own.lora_alpha * r / own.r)
+    r, lora_alpha = collections.Counter(ranks.values()).most_common(1)[0][0]
+    # a pattern's key is the end of a name
+    keys = {name: f"^{name}" if any(n.endswith(f".{name}") for n in layers) else name for name in layers}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": max(getattr(_one(layer).lora_dropout, "p", 0.0) for layer in layers.values()),
+        "target_modules": _short_targets(model, layers),
+        "rank_pattern": {keys[name]: rank for name, (rank, _) in ranks.items() if rank != r},
+        "alpha_pattern": {keys[name]: alpha for name, (_, alpha) in ranks.items() if alpha != lora_alpha},
+        "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
+        "bias": bias,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def _whole(number):
+    return int(number) if number == int(number) else number
+
+
+def _short_targets(model, layers):
+    """The last parts of the layers' names, where those mean no other module; else the whole names."""
+    ends = {name.rpartition(".")[2] for name in layers}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends if meant == set(layers) else layers)
+
+
+@torch.no_grad()
+def load_adapter(model, folder, dtype=None):
+    """Load an adapter in PEFT's folder format, in place; a plain model is injected with what the folder holds.
+
+    A model that has adapters must have them on the same layers with the same ranks. New adapters are float32 unless
+    `dtype` says otherwise. Returns the model. Raises ValueError, before anything changes, for a layer that is missing,
+    a shape that differs, or a config or tensor that means more than LoRA (DoRA, modules_to_save, PiSSA's base).
+    """
+    folder = pathlib.Path(folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    _check_config(config)
+    stored = load_file(folder / "adapter_model.safetensors")
+    tensors = {from_any_name(key): tensor for key, tensor in stored.items()}
+    plan = _plan(model, config, tensors)
+    base = _check_base_tensors(model, config, tensors)
+    if not any(isinstance(module, LoRALayer) for module in model.modules()):
+        targets = {planned.path: (planned.r, planned.lora_alpha) for planned in plan.values()}
+        adapt(model, targets, config.get("lora_dropout", 0.0), dtype)
+    layers = lora_layers(model)
+    have, want = {name: layer.r for name, layer in layers.items()}, {name: p.r for name, p in plan.items()}
+    wrong = sorted(name for name in have | want if have.get(name) != want.get(name))
+    check.value(not wrong, "model", f"ranks {[have.get(n) for n in wrong[:3]]} at {wrong[:3]}",
+                f"{[want.get(n) for n in wrong[:3]]}, as in {folder}, or a plain model")  # fmt: skip
+    for name, layer in layers.items():
+        layer.lora_alpha = plan[name].lora_alpha
+        layer.lora_A.copy_(plan[name].lora_A)
+        layer.lora_B.copy_(plan[name].lora_B)
+        layer.set_scale(1.0)
+        layer.refresh()
+    for parameter, tensor in base:
+        parameter.copy_(tensor)
+        # as the adapters, and so saved with them again
+        parameter.requires_grad = isinstance(parameter, torch.nn.Parameter)
+    return model
+
+
+def _check_config(config):
+    check.value(config.get("peft_type") == "LORA", "peft_type", repr(config.get("peft_type")), "'LORA'")
+    extra = sorted(key for key, value in config.items() if value and key not in _UNDERSTOOD)
+    got = ", ".join(f"{key} = {config[key]!r}" for key in extra)
+    check.value(not extra, "adapter_config.json", got, "plain LoRA")
+    start = config.get("init_lora_weights", True)
+    check.value(start in _INITIALISATIONS, "init_lora_weights", repr(start), "one that leaves the base's weights alone")
+
+
+class Planned(typing.NamedTuple):
+    """One adapter of a file, as this library's layer `path` or a projection of it takes it."""
+
+    path: str
+    r: int
+    lora_alpha: float
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+
+
+def _plan(model, config, tensors):
+    """{adapter's name: Planned} of what a file holds, its shapes checked against the model's layers."""
+    plan, modules = {}, dict(model.named_modules())
+    for path, entries in _by_layer(modules, tensors).items():
+        module = modules.get(path)
+        kind = None if module is None else module if holds_adapters(module) else kind_of(module)
+        got = f"a {type(model).__name__} without a layer {path!r} that can have one"
+        check.value(kind, "model", got, "the adapter's base model")
+        ours = read(module, entries, kind.kind, path and f"{path}.")
+        for name in sorted({name.rpartition(".")[0] for name in ours}):
+            A, B = (ours.get(join(name, key)) for key in ("lora_A", "lora_B"))
+            stored, r = (0 if t is None else len(t) for t in (entries.get("lora_A"), A))
+            r //= max(sum(module.enable_lora), 1) if kind.kind == "merged" else 1
+            got, expected = (_shape(A), _shape(B)), _shapes(module, kind, r)
+            fits = r and got == expected
+            check.value(fits, join(path, name), "lora_A {} and lora_B {}".format(*got),
+                        "lora_A {} and lora_B {}".format(*expected))  # fmt: skip
+            alpha = _alpha(config, path, stored)
+            plan[join(path, name)] = Planned(path, r, alpha if r == stored else _whole(alpha * r / stored), A, B)
+    check.value(plan, "adapter_model.safetensors", "no lora_A", "an adapter")
+    return plan
+
+
+def _shape(tensor):
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _shapes(module, kind, r):
+    if kind.kind == "attention":
+        # the sizes that PEFT's attention layer has
+        return (r, module.embed_dim), (module.embed_dim, r)
+    return tuple(map(tuple, module.adapter_shapes(r) if holds_adapters(module) else factor_shapes(module, r)))
+
+
+def _alpha(config, path, r):
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", path)), config["lora_alpha"])
+    return alpha * math.sqrt(r) if config.get("use_rslora") else alpha
+
+
+def _by_layer(modules, tensors):
+    """{layer's name: {name below it: tensor}} of adapters; an attention layer's output projection is its own."""
+    found = {}
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        if key not in ("lora_A", "lora_B"):
+            continue
+        above, _, child = path.rpartition(".")
+        if child == "out_proj" and isinstance(modules.get(above), nn.MultiheadAttention):
+            path, key = above, f"out_proj.{key}"
+        found.setdefault(path, {})[key] = tensor
+    return found
+
+
+def _check_base_tensors(model, config, tensors):
+    """[(parameter, its trained value)]: biases. PEFT also saves copies of embeddings, which must be the model's own."""
+    state, trained = model.state_dict(keep_vars=True), []
+    for name, tensor in tensors.items():
+        if re.search(r"(^|\.)lora_[AB]$", name):
+            continue
+        known = name in state and state[name].shape == tensor.shape
+        check.value(known, "adapter_model.safetensors", f"the tensor {name!r}", "lora_A, lora_B or one of the model's")
+        if "bias" in name and config.get("bias", "none") != "none":
+            trained.append((state[name], tensor))
+        else:
+            same = torch.equal(state[name].cpu(), tensor.to(state[name].dtype))
+            check.value(same, name, "another value in the adapter's file than in the model", "the adapter's base model")
+    return trained
