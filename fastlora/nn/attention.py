@@ -10,7 +10,6 @@ from fastlora.nn import names
 from fastlora.nn.fastpath import watch_registrations
 from fastlora.nn.layer import check_adapter
 from fastlora.nn.linear import LinearLoRA
-from fastlora.nn.switch import is_off, switch
 from fastlora.ops import check
 
 PROJECTIONS = ("q", "k", "v", "o")
@@ -27,8 +26,7 @@ class ProjectionLoRA(LinearLoRA, nn.Module):
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x, weight, bias):
-        off = (switch.off or self._ran_off) and is_off(self)
-        return self.run(None if off else self.adapters(), x, weight, bias)
+        return self.run(None if self.is_off() else self.adapters(), x, weight, bias)
 
     def run(self, adapters, x, weight, bias):
         return F.linear(x, weight, bias) if adapters is None else self.project(x, weight, bias, *adapters)

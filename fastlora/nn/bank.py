@@ -5,7 +5,7 @@ from torch import nn
 
 from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.layer import Adapter
-from fastlora.nn.switch import cannot_know, is_off, is_recompute, selection, switch
+from fastlora.nn.switch import cannot_know, is_recompute, selection, switch
 
 
 def escape(name):
@@ -31,7 +31,7 @@ class Bank:
     """
 
     # (names, gates) of the forwards since train() that a recompute could repeat; None: none yet, False: several
-    _ran = None
+    _chose = None
 
     def open(self, owner, lora_dropout=0.0):
         """Make room for tasks."""
@@ -59,27 +59,26 @@ class Bank:
     def forward(self, *args, **kwargs):
         if not torch.compiler.is_compiling():
             self._note_run()
-        off = bool(switch.off or self._ran_off) and is_off(self)
-        none = off or not selection(self.owner)[0]
+        none = self.is_off() or not selection(self.owner)[0]
         return self.run(None if none else self.adapters(), *args, **kwargs)
 
     def _note_run(self):
         """A recompute that nothing carried the tasks to must be the only selection there was, or it could differ."""
         names, gates = selection(self.owner)
-        ran = self._ran
+        ran = self._chose
         same = ran and ran[0] == names and ran[1] is gates
         if is_recompute():
             if not same:
                 cannot_know("tasks were chosen")
         elif not same and not switch.restored and (self.training or torch.is_grad_enabled()):
-            self._ran = (names, gates) if ran is None else False
+            self._chose = (names, gates) if ran is None else False
 
     def train(self, mode=True):
-        self._ran = None
+        self._chose = None
         return super().train(mode)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_ran": None}
+        return {**super().__getstate__(), "_chose": None}
 
 
 class TaskProjection(Bank, ProjectionLoRA):

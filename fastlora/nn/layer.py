@@ -76,7 +76,8 @@ class LoRALayer(Adapter):
     fan_in_fan_out = False
     # None: not built; False: not before the next train(), eval(), merge or refresh; else (W + ΔW, sources, stamps)
     _merged_copy = None
-    _ran_off = False
+    # in which modes it ran with gradients since train() or forget_runs(): "off", "by row", a rank; empty: None alone
+    _ran = frozenset()
 
     def attach(self, r, lora_alpha, lora_dropout, dtype, device):
         """Give this module an adapter, not yet initialised; none at r = 0."""
@@ -135,9 +136,13 @@ class LoRALayer(Adapter):
         super().train(mode)
         # with merge_weights eval() merges, as in loralib; without, only train() acts: it ends what merge(model) began
         self.merged = not mode if self.merge_weights else self.merged and not mode
-        self._ran_off = False
+        self.forget_runs()
         self.refresh()
         return self
+
+    def forget_runs(self):
+        """A new training step: no backward of earlier forwards will follow, whose recompute might be another mode's."""
+        self._ran = frozenset()
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)
@@ -181,11 +186,15 @@ class LoRALayer(Adapter):
         return rows * ((self.rank or self.r) / ranks[:, None])
 
     def forward(self, x):
-        if self.merged or switch.off or self._ran_off or not self.r:
+        if self.merged or switch.apart or self._ran or self.rank or not self.r:
             weight = self.lone_weight()
             if weight is not None:
                 return self.plain(x, weight)
         return self.adapted(x, *self.adapters())
+
+    def is_off(self):
+        """Whether this thread runs the layer without its adapter."""
+        return bool(switch.apart or self._ran or self.rank) and is_off(self)
 
     def run(self, adapters, x):
         """The forward with these adapters, or with none."""
@@ -212,7 +221,7 @@ class LoRALayer(Adapter):
 
     def lone_weight(self):
         """The weight that alone gives this call's y, or None where the adapter has to run."""
-        if not self.r or ((switch.off or self._ran_off) and is_off(self)):
+        if not self.r or self.is_off():
             return self.base_weight()
         if not self.merged or switch.row_ranks is not None:
             return None

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastlora.nn.fastpath import watch_registrations
 from fastlora.nn.layer import Adapter, LoRALayer, check_adapter, identity, match_rows, rank_list
-from fastlora.nn.switch import is_off, switch
+from fastlora.nn.switch import switch
 from fastlora.ops import lora_expand, lora_linear, lora_shrink
 from fastlora.ops.dropout import draw_seed
 from fastlora.ops.linear import lora_linear_op
@@ -39,12 +39,8 @@ class DenseLoRA(LinearLoRA):
     """The layer whose W is a dense parameter: one op call per forward."""
 
     def forward(self, x):
-        if self.merged or switch.off or self._ran_off or not self.r:
-            weight = self.lone_weight()
-            if weight is not None:
-                return self.plain(x, weight)
-        if self.rank is not None or switch.row_ranks is not None:
-            return self.adapted(x, *self.adapters())
+        if self.merged or switch.apart or self._ran or self.rank or not self.r:
+            return super().forward(x)
         tensors = self._parameters
         try:
             weight, bias, lora_A, lora_B = tensors["weight"], tensors["bias"], tensors["lora_A"], tensors["lora_B"]
@@ -73,8 +69,7 @@ class OpaqueLoRA(LinearLoRA):
     """The layer whose base is quantised or otherwise not a dense parameter: its own forward, then the update."""
 
     def forward(self, x, *args, **kwargs):
-        off = (switch.off or self._ran_off) and is_off(self)
-        return self.run(None if off else self.adapters(), x, *args, **kwargs)
+        return self.run(None if self.is_off() else self.adapters(), x, *args, **kwargs)
 
     def run(self, adapters, x, *args, **kwargs):
         # past LoRALayer's own forward

@@ -16,8 +16,9 @@ class _Switch(threading.local):
     def __init__(self):
         # in the instance from the start: Dynamo's guard on an attribute of the class would miss the first block.
         # `off` holds the layers' ids, as of a set of modules Dynamo guards the length alone.
-        # `tasks` holds (owner, names, gates), the innermost block's first
-        self.off, self.tasks, self.row_ranks, self.restored = frozenset(), (), None, False
+        # `tasks` holds (owner, names, gates), the innermost block's first. `apart` says that some layers are off or
+        # ranked by row, so that others ask no further
+        self.off, self.tasks, self.row_ranks, self.restored, self.apart = frozenset(), (), None, False, False
 
 
 switch = _Switch()
@@ -25,12 +26,13 @@ switch = _Switch()
 
 @contextlib.contextmanager
 def _set(off, tasks, row_ranks, restored):
-    before = switch.off, switch.tasks, switch.row_ranks, switch.restored
-    switch.off, switch.tasks, switch.row_ranks, switch.restored = off, tasks, row_ranks, restored
+    before = switch.off, switch.tasks, switch.row_ranks, switch.restored, switch.apart
+    apart = bool(off) or row_ranks is not None
+    switch.off, switch.tasks, switch.row_ranks, switch.restored, switch.apart = off, tasks, row_ranks, restored, apart
     try:
         yield
     finally:
-        switch.off, switch.tasks, switch.row_ranks, switch.restored = before
+        switch.off, switch.tasks, switch.row_ranks, switch.restored, switch.apart = before
 
 
 def turned_off(layers):
@@ -87,9 +89,10 @@ def cannot_know(what):
 def is_off(layer):
     """Whether this thread runs `layer` without its adapter. Raises RuntimeError in a recompute that cannot know."""
     off = id(layer) in switch.off
+    mode = "off" if off else "by row" if switch.row_ranks is not None else layer.rank
     if is_recompute():
-        if off or layer._ran_off:
-            cannot_know("disable_adapter was used")
-    elif off and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not switch.restored:
-        layer._ran_off = True
+        if mode in ("off", "by row") or layer._ran - {mode}:
+            cannot_know("disable_adapter, model_rank or row_ranks was used")
+    elif (mode or layer._ran) and not (switch.restored or torch.compiler.is_compiling()) and torch.is_grad_enabled():
+        layer._ran |= {mode}
     return off
