@@ -17,7 +17,7 @@ from fastlora.model import adapt, lora_layers
 from fastlora.nn.convert import factor_shapes, kind_of
 from fastlora.nn.fastpath import holds_adapters
 from fastlora.nn.layer import LoRALayer
-from fastlora.nn.names import base_name, from_any_name, read, write
+from fastlora.nn.names import PEFT_OUT, base_name, from_any_name, read, write
 from fastlora.ops import check
 
 # what PEFT's config may say without changing the layer's formula; any other field that is set is refused
@@ -27,6 +27,8 @@ _UNDERSTOOD = {
     "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
+# the PEFT whose reading of an attention layer a folder states
+PEFT_VERSION = "0.21.2"
 # initialisations that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoftQ and others change them
 _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -95,7 +97,9 @@ def _config(model, layers, written, bias):
     r, lora_alpha = collections.Counter(ranks.values()).most_common(1)[0][0]
     # a pattern's key is the end of a name
     keys = {name: f"^{name}" if any(n.endswith(f".{name}") for n in layers) else name for name in layers}
+    attention = any(layer.kind == "attention" for layer in layers.values())
     return {
+        **({"peft_version": PEFT_VERSION} if attention else {}),
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -189,6 +193,8 @@ def _plan(model, config, tensors):
         kind = None if module is None else module if holds_adapters(module) else kind_of(module)
         got = f"a {type(model).__name__} without a layer {path!r} that can have one"
         check.value(kind, "model", got, "the adapter's base model")
+        if "out_proj.lora_B" in entries and not _adds_twice(config):
+            entries["out_proj.lora_B"] = entries["out_proj.lora_B"] / PEFT_OUT
         ours = read(module, entries, kind.kind, path and f"{path}.")
         for name in sorted({name.rpartition(".")[0] for name in ours}):
             A, B = (ours.get(join(name, key)) for key in ("lora_A", "lora_B"))
@@ -202,6 +208,16 @@ def _plan(model, config, tensors):
             plan[join(path, name)] = Planned(path, r, alpha if r == stored else _whole(alpha * r / stored), A, B)
     check.value(plan, "adapter_model.safetensors", "no lora_A", "an adapter")
     return plan
+
+
+def _adds_twice(config):
+    """Whether the PEFT that wrote this adds an attention layer's out_proj twice; of later ones it is not known."""
+    version = config.get("peft_version") or PEFT_VERSION
+    known = [int(n) for n in re.findall(r"\d+", version)[:3]] <= [int(n) for n in PEFT_VERSION.split(".")]
+    if not known:
+        warnings.warn(f"fastlora: an attention layer's out_proj, which PEFT added twice up to {PEFT_VERSION}, is taken "
+                      f"once from PEFT {version}", stacklevel=4)  # fmt: skip
+    return known
 
 
 def _shape(tensor):

@@ -9,6 +9,9 @@ PEFT, a file   base_model.model.fc.lora_A.weight   fc.base_layer.weight   emb.lo
                attn.lora_A.weight (r, E)   attn.lora_B.weight (3E, r)   attn.base_layer.out_proj.lora_A.weight
 PEFT, memory   base_model.model.fc.lora_A.default.weight   emb.lora_embedding_A.default
 
+PEFT adds the update of an attention layer's out_proj twice (huggingface/peft pull request 3774, open at 0.21.2), in
+training too: its lora_B is twice as large here.
+
 No file but PEFT's holds lora_alpha: it has to be the same on both sides. TheDiscoMole's scale is 1.
 """
 
@@ -19,6 +22,7 @@ import torch
 from fastlora.ops import check
 
 DIALECTS = ("fastlora", "loralib", "loratorch", "tasks", "peft")
+PEFT_OUT = 2
 # the form of convolution that a dialect can hold
 _FORMS = {"loralib": "loralib", "loratorch": "loralib", "tasks": "tasks", "peft": "peft"}
 
@@ -116,7 +120,7 @@ def _read_attention(layer, found, where):
             continue
         del found[name], found[name[:-1] + "B"]
         if letters in ("o", "out_proj."):
-            pairs["o"] = A, B
+            pairs["o"] = A, B if letters == "o" else B * PEFT_OUT
         elif len(letters) == 1 and len(B) != 3 * layer.embed_dim:
             pairs[letters] = A, B
         else:
@@ -228,7 +232,8 @@ def _write_attention(layer, dialect, where):
         # there it always has one, of the same rank
         out_A, out_B = out or (A[:0], B[: layer.embed_dim, :0])
         more = len(A) - len(out_A)
-        out = torch.cat((out_A, A.new_zeros(more, A.shape[1]))), torch.cat((out_B, B.new_zeros(len(out_B), more)), 1)
+        out_A = torch.cat((out_A, A.new_zeros(more, A.shape[1])))
+        out = out_A, torch.cat((out_B / PEFT_OUT, B.new_zeros(len(out_B), more)), 1)
         ends = {"": found[""], "base_layer.out_proj.": out}
         return {f"{head}lora_{x}.weight": t for head, pair in ends.items() for x, t in zip("AB", pair, strict=True)}
     found.update({"o_": out} if out else {})
