@@ -61,7 +61,7 @@ def save_adapter(model, folder):
 def _adapted(model):
     """{name: LoRA layer, or attention layer with projections}, once for a layer that stands under two names."""
     inside, modules = lora_layers(model), dict(model.named_modules())
-    check.value(inside, "model", "LoRA layers of rank 0", "one with adapters")
+    check.value(inside, "model", "LoRA layers without an adapter of their own", "one with adapters")
     own = {name: name if m.kind != "projection" else name.rpartition(".")[0] for name, m in inside.items()}
     return {name: modules[name] for name in own.values()}
 

@@ -153,7 +153,7 @@ def split_joint(A, B, r=None, enabled="qkv", out=None, where=""):
     for name in rows.keys() - set(names):
         changes = A.any() and rows[name].any() and (rows[name].float() @ A.float()).any()
         check.value(not changes, f"{where}lora_B", f"an adapter of q, k, v that changes {name}",
-                    f"{name!r} in enable_lora, here {names}: loratorch does not confine an update to what is "
+                    f"{name!r} in enable_lora, here {names}; loratorch does not confine its adapter to what is "
                     "enabled")  # fmt: skip
     live = names if r is not None else [n for n in names if rows[n].any()]
     rank = r or len(A) // max(len(live), 1)
