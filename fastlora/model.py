@@ -11,7 +11,6 @@ from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.convert import check_convertible, convert, is_linear, kind_of, like, restore
 from fastlora.nn.fastpath import holds_adapters, is_called, update_fast_paths
 from fastlora.nn.layer import LoRALayer, check_adapter
-from fastlora.nn.linear import OpaqueLoRA
 from fastlora.nn.switch import turned_off
 from fastlora.ops import check
 
@@ -120,8 +119,7 @@ def merge(model, in_place=False):
     """
     layers = lora_layers(model)
     for name, layer in layers.items():
-        dense = not isinstance(layer, OpaqueLoRA)
-        check.value(dense, name, f"a {type(layer).__name__}, which has no dense weight", "a layer to merge into")
+        layer.check_merge(name or "model")
     if not in_place:
         for layer in layers.values():
             layer.merged = True
@@ -168,8 +166,9 @@ def mark_only_lora_as_trainable(model, bias="none"):
         if not re.search(r"(^|\.)lora_", name):
             parameter.requires_grad = bias == "all" and "bias" in name
     for module in model.modules():
-        if bias == "lora_only" and isinstance(module, LoRALayer) and getattr(module, "bias", None) is not None:
-            module.bias.requires_grad = True
+        if bias == "lora_only" and holds_adapters(module):
+            for parameter in module.biases().values():
+                parameter.requires_grad = True
     update_fast_paths(model)
 
 

@@ -53,7 +53,8 @@ def lora_state_dict(model, bias="none", names="fastlora"):
     if bias == "all":
         wanted.update(name for name in state if "bias" in name)
     elif bias == "lora_only":
-        wanted.update(re.sub(r"lora_[^.]*$", "bias", name) for name in adapters)
+        kept = {path: m for path, m in holders(model).items() if getattr(m, "r", 1)}
+        wanted.update(join(path, name) for path, m in kept.items() for name in m.biases())
     if names == "fastlora":
         wanted.update(adapters)
         return {name: tensor for name, tensor in state.items() if name in wanted}

@@ -63,6 +63,11 @@ class AttentionLoRA:
         qkv = self.in_proj_weight.chunk(3) if joint else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return dict(zip(PROJECTIONS, (*qkv, self.out_proj.weight), strict=True))
 
+    def biases(self):
+        """{name: parameter} of what `bias="lora_only"` trains beside the adapters."""
+        owners = {"out_proj.bias" if name == "o" else "in_proj_bias" for name in self.projections()}
+        return {name: p for name, p in self.named_parameters() if name in owners}
+
     @torch.no_grad()
     def merge_projections(self):
         """Put W + ΔW into new parameters: the end of a merge in place."""
@@ -107,12 +112,14 @@ class AttentionLoRA:
         mask = self._mask(q, k, key_padding_mask, attn_mask)
         k, v, mask = self._extend(k, v, mask)
         y, shares = self._attend(q, k, v, mask, need_weights)
-        y = self._adapt("o", y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        # dense in the order of the result, as torch's: programs view it
+        y = y.permute(2, 0, 1, 3) if batched and not self.batch_first else y.transpose(1, 2)
+        y = self._adapt("o", y.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if shares is not None and average_attn_weights:
             shares = shares.mean(1)
         if not batched:
             return y.squeeze(0), None if shares is None else shares.squeeze(0)
-        return y if self.batch_first else y.transpose(0, 1), shares
+        return y, shares
 
     def _adapt(self, name, x, weight, bias):
         projection = self._modules.get(f"lora_{name}")
@@ -187,7 +194,7 @@ class MultiheadAttention(AttentionLoRA, nn.MultiheadAttention):
         self, embed_dim, num_heads, enable_lora=PROJECTIONS, r=0, lora_alpha=1, lora_dropout=0.0, **kwargs
     ):  # fmt: skip
         check_adapter(r, lora_alpha, lora_dropout)
-        enabled = isinstance(enable_lora, (list, tuple)) and set(enable_lora) <= set(PROJECTIONS)
+        enabled = isinstance(enable_lora, (list, tuple)) and all(name in PROJECTIONS for name in enable_lora)
         check.value(enabled, "enable_lora", repr(enable_lora), "a list of 'q', 'k', 'v', 'o'")
         watch_registrations()
         super().__init__(embed_dim, num_heads, **kwargs)

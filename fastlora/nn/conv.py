@@ -31,6 +31,10 @@ class ConvLoRA(LoRALayer):
         fits = r is None or getattr(self, "form", ConvLoRA.form) != "peft" or r % self.groups == 0
         check.value(fits, "r", r, f"a multiple of groups = {self.groups}, in the form 'peft'")
 
+    def check_merge(self, name):
+        got = f"a {type(self).__name__} in the form 'peft' with groups = {self.groups}"
+        check.value(self.form != "peft" or self.groups == 1, name, got, "groups = 1: this ΔW is no grouped weight")
+
     @property
     def conv(self):
         """The layer itself: loralib keeps the convolution under this name."""
@@ -60,8 +64,7 @@ class ConvLoRA(LoRALayer):
     def delta(self, lora_A, lora_B):
         if self.form != "peft":
             return (lora_B @ lora_A).view(self.weight.shape)
-        got = f"a convolution with groups = {self.groups}"
-        check.value(self.groups == 1, "model", got, "groups = 1: this ΔW is no grouped weight")
+        self.check_merge("model")
         return torch.einsum("or,ri...->oi...", lora_B.flatten(1), lora_A)
 
     def plain(self, x, weight):
@@ -92,9 +95,11 @@ class ConvLoRA(LoRALayer):
         up = [torch.block_diag(*b.flatten(1).chunk(self.groups)) for b in B]
         if gates is not None and gates.dim() > 1:
             gates = gates.view(gates.shape[0], *(1 for _ in self.kernel_size), -1)
-        y = self.plain(x, self.weight).movedim(channels, -1)
+        base = self.plain(x, self.weight)
         ranks = rank_list([a.shape[0] for a in A], gates)
-        return lora_expand_op(y, z, up, scaling, gates, ranks, ()).movedim(-1, channels)
+        y = lora_expand_op(base.movedim(channels, -1), z, up, scaling, gates, ranks, ()).movedim(-1, channels)
+        # a view with channels last would break a program's y.view(len(y), -1)
+        return y.contiguous() if base.is_contiguous() else y
 
     def _by_row(self, x, A, B, scaling, gates):
         """Σ gate[row, e] · scale_e · conv(x, ΔW_e): one convolution with the adapters' ΔW side by side."""
@@ -115,7 +120,7 @@ class _Convolution(ConvLoRA):
         check.value(form in FORMS, "form", repr(form), f"one of {', '.join(FORMS)}")
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)
         self.form = form
-        self.adapt(r, lora_alpha, lora_dropout, merge_weights)
+        self.adapt(r, lora_alpha, lora_dropout, merge_weights and (form != "peft" or self.groups == 1))
 
 
 class Conv1d(_Convolution, nn.Conv1d):

@@ -97,6 +97,14 @@ class LoRALayer(Adapter):
     def check_base(self, r):
         """Raise ValueError for a base layer that cannot have an adapter of rank r, or of any (None)."""
 
+    def check_merge(self, name):
+        """Raise ValueError for a layer, of this name, whose W + ΔW is not one dense weight."""
+
+    def biases(self):
+        """{name: parameter} of what `bias="lora_only"` trains beside the adapter."""
+        bias = getattr(self, "bias", None)
+        return {} if bias is None else {"bias": bias}
+
     def narrow(self, lora_A, lora_B, start, stop):
         """The components start to stop of the r, as views."""
         return lora_A[start:stop], lora_B[:, start:stop]

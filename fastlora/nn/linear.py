@@ -8,7 +8,7 @@ from torch import nn
 from fastlora.nn.fastpath import watch_registrations
 from fastlora.nn.layer import Adapter, LoRALayer, check_adapter, identity, match_rows, rank_list
 from fastlora.nn.switch import switch
-from fastlora.ops import lora_expand, lora_linear, lora_shrink
+from fastlora.ops import check, lora_expand, lora_linear, lora_shrink
 from fastlora.ops.dropout import draw_seed
 from fastlora.ops.linear import lora_linear_op
 
@@ -67,6 +67,9 @@ class DenseLoRA(LinearLoRA):
 
 class OpaqueLoRA(LinearLoRA):
     """The layer whose base is quantised or otherwise not a dense parameter: its own forward, then the update."""
+
+    def check_merge(self, name):
+        check.value(False, name, f"a {type(self).__name__}, which has no dense weight", "a layer to merge into")
 
     def forward(self, x, *args, **kwargs):
         return self.run(None if self.is_off() else self.adapters(), x, *args, **kwargs)

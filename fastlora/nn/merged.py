@@ -54,7 +54,8 @@ class MergedLinear(MergedLoRA, Linear):
         self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, enable_lora=(False,),
         fan_in_fan_out=False, merge_weights=True, **kwargs,
     ):  # fmt: skip
-        flags = len(enable_lora) > 0 and all(isinstance(on, (bool, int)) for on in enable_lora)
+        given = isinstance(enable_lora, (list, tuple)) and len(enable_lora) > 0
+        flags = given and all(isinstance(on, (bool, int)) for on in enable_lora)
         check.value(flags, "enable_lora", repr(enable_lora), "a list of bools")
         even = out_features % len(enable_lora) == 0
         check.value(even, "enable_lora", f"{len(enable_lora)} parts", f"a divisor of out_features = {out_features}")

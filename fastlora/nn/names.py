@@ -150,7 +150,7 @@ def split_joint(A, B, r=None, enabled="qkv", out=None, where=""):
     """
     rows = dict(zip("qkv", B.chunk(3), strict=True))
     names = [n for n in rows if n in enabled]
-    for name in rows.keys() - set(names):
+    for name in [n for n in rows if n not in names]:
         changes = A.any() and rows[name].any() and (rows[name].float() @ A.float()).any()
         check.value(not changes, f"{where}lora_B", f"an adapter of q, k, v that changes {name}",
                     f"{name!r} in enable_lora, here {names}; loratorch does not confine its adapter to what is "

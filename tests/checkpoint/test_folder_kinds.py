@@ -148,7 +148,8 @@ def test_biases_of_every_kind(bias, tmp_path):
             if "bias" in name and parameter.requires_grad:
                 parameter.add_(0.2)
     save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == bias
+    # PEFT's "lora_only" has no word for an attention layer's biases
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["bias"] == "all"
     fresh = load_adapter(copy.deepcopy(base), tmp_path).eval()
     assert torch.equal(fresh(IDS), model.eval()(IDS))
     peft = pytest.importorskip("peft")
