@@ -4,8 +4,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora import backends
-from fastlora.nn.layer import LoRALayer
-from fastlora.nn.linear import DenseLoRA
+from fastlora.nn.attention import AttentionLoRA, ProjectionLoRA
+from fastlora.nn.layer import LoRALayer, rank_list
+from fastlora.nn.linear import DenseLoRA, OpaqueLoRA
 
 
 class Explanation:
@@ -69,12 +70,37 @@ def explain(call, *args, **kwargs):
 
 
 def _layer(name, module):
-    if not isinstance(module, LoRALayer) or not module.r:
-        return []
-    A, B = module.lora_A, module.lora_B
-    if isinstance(module, DenseLoRA):
-        weight = module.base_weight()
-        args = (weight.new_empty(1, A.shape[1]), weight, [A], [B], module.scaling, None, None, [], None, 0.0, None)
-        return [(f"{name}: ", "lora_linear", *_reasons("lora_linear", args))]
-    args = (B.new_empty(1, B.shape[0]), B.new_empty(1, B.shape[1]), [B], module.scaling, None, [], [])
-    return [(f"{name}: ", "lora_expand", *_reasons("lora_expand", args))]
+    if isinstance(module, AttentionLoRA):
+        weights = module.projection_weights()
+        found = [(f"{name}.lora_{n}".strip("."), p, weights[n]) for n, p in module.projections().items()]
+    else:
+        adapted = isinstance(module, LoRALayer) and not isinstance(module, ProjectionLoRA)
+        found = [(name, module, None)] if adapted else []
+    return [
+        (where and f"{where}: ", op, *_reasons(op, args))
+        for where, layer, weight in found
+        if layer.r
+        for op, args in _calls(layer, weight)
+    ]
+
+
+def _calls(layer, weight):
+    """(op, its arguments) of a layer's forward, for an input of one row; none for a convolution with W + ΔW."""
+    A, B, scaling, gates = layer.adapters()
+    gates = None if gates is None or gates.dim() > 1 else gates
+    ranks = rank_list([a.shape[0] for a in A], gates)
+    if layer.kind == "merged":
+        B = tuple(map(layer.block_form, B))
+    if weight is not None or isinstance(layer, DenseLoRA):
+        weight = layer.base_weight() if weight is None else weight
+        x = weight.new_empty(1, weight.shape[1])
+        return [("lora_linear", (x, weight, A, B, scaling, None, gates, ranks, None, 0.0, None))]
+    if layer.kind == "conv":
+        if layer.form != "peft":
+            return []
+        B = layer.up(B)
+    # a quantised layer's x has another dtype than its weight may have
+    x, y = A[0].new_empty(1, A[0].shape[1]), B[0].new_empty(1, B[0].shape[0])
+    z = B[0].new_empty(1, sum(b.shape[1] for b in B))
+    shrink = [("lora_shrink", (x, A, 0.0, None))] if isinstance(layer, OpaqueLoRA) else []
+    return [*shrink, ("lora_expand", (y, z, B, scaling, gates, ranks, ()))]

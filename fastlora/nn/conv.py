@@ -92,7 +92,7 @@ class ConvLoRA(LoRALayer):
         channels = -1 - len(self.kernel_size)
         down = A[0] if len(A) == 1 else torch.cat(A)
         z = self._convolve(self.lora_dropout(x), down.to(x.dtype), 1).movedim(channels, -1)
-        up = [torch.block_diag(*b.flatten(1).chunk(self.groups)) for b in B]
+        up = self.up(B)
         if gates is not None and gates.dim() > 1:
             gates = gates.view(gates.shape[0], *(1 for _ in self.kernel_size), -1)
         base = self.plain(x, self.weight)
@@ -100,6 +100,10 @@ class ConvLoRA(LoRALayer):
         y = lora_expand_op(base.movedim(channels, -1), z, up, scaling, gates, ranks, ()).movedim(-1, channels)
         # a view with channels last would break a program's y.view(len(y), -1)
         return y.contiguous() if base.is_contiguous() else y
+
+    def up(self, B):
+        """The adapters' lora_B as (out, r), each group's rows with their own columns."""
+        return [torch.block_diag(*b.flatten(1).chunk(self.groups)) for b in B]
 
     def _by_row(self, x, A, B, scaling, gates):
         """Σ gate[row, e] · scale_e · conv(x, ΔW_e): one convolution with the adapters' ΔW side by side."""
