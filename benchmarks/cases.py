@@ -37,6 +37,25 @@ class DecodeCase:
         return f"smollm2/decode/{self.dtype}/b{self.batch}/r{self.r}"
 
 
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer of another kind, r = 8, fp32, with m rows of x: see `variants` for its sizes."""
+
+    op: str  # merged, embedding or tasks
+    mode: str
+    m: int
+    dtype: str = "fp32"
+
+    @property
+    def name(self):
+        return f"{self.op}/{self.mode}/m{self.m}"
+
+
+_LAYERS = {
+    "merged": [("training", m) for m in (1, 64, 512)],
+    "embedding": [("training", 4096)],
+    "tasks": [(mode, m) for mode in ("forward", "training") for m in (1, 256)],
+}
 _CPU_M = (1, 4, 16, 64, 256, 1024)
 _CPU_SHAPES = ((576, 1536), (1024, 1024), (4096, 4096))
 _CUDA_M = (1, 16, 64, 1024, 8192)
@@ -45,6 +64,8 @@ _CUDA_SHAPES = ((1024, 1024), (4096, 4096), (4096, 14336), (14336, 4096))
 
 def cases(op, device):
     """The grid of one op on one kind of device."""
+    if op in _LAYERS:
+        return [LayerCase(op, mode, m) for mode, m in _LAYERS[op]]
     if op == "smollm2":
         return [DecodeCase(batch, dtype) for dtype in DTYPES for batch in (1, 4)]
     sizes, shapes = (_CPU_M, _CPU_SHAPES) if device == "cpu" else (_CUDA_M, _CUDA_SHAPES)
@@ -64,6 +85,9 @@ def methods(case):
     `fastlora` and `peft` are what `inject` and PEFT make by default, fp32 adapters; `_bf16` have the base's dtype.
     """
     half = case.dtype == "bf16"
+    if isinstance(case, LayerCase):
+        # eight tasks at once stand beside one
+        return ["base", "fastlora", "fastlora_8" if case.op == "tasks" else "loralib"]
     if isinstance(case, DecodeCase):
         return ["base", "fastlora", "loralib", "peft"]
     return [
@@ -81,6 +105,9 @@ def methods(case):
 # The tests that must pass before an op is timed.
 GATES = {
     "linear": ("tests/ops/test_linear.py", "tests/ops/test_cpu_forms.py"),
+    "merged": ("tests/ops/test_linear.py", "tests/nn/test_merged.py"),
+    "embedding": ("tests/ops/test_contract.py", "tests/nn/test_embedding.py"),
+    "tasks": ("tests/ops/test_linear.py", "tests/tasks/test_model.py"),
     "smollm2": ("tests/ops/test_linear.py", "tests/nn/test_linear.py", "tests/test_model.py"),
 }
 OPS = tuple(GATES)

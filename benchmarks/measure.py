@@ -4,8 +4,8 @@ import functools
 
 import torch
 
-from . import layers
-from .cases import DTYPES, LinearCase
+from . import layers, variants
+from .cases import DTYPES, DecodeCase, LayerCase, LinearCase
 from .clock import peak_bytes, time_cpu, time_cuda
 
 # More than any GPU's L2 cache: a weight that is used again has left it.
@@ -14,11 +14,10 @@ ROTATED_BYTES = 300e6
 
 def measure(case, device, methods, seconds):
     """The rows of a case, one a method."""
-    linear = isinstance(case, LinearCase)
-    lists = (_linear_calls if linear else _decode_calls)(case, device, methods)
+    lists = _CALLS[type(case)](case, device, methods)
     copies = len(lists["base"])
     calls = {m: functools.partial(_each, of) if copies > 1 else of[0] for m, of in lists.items()}
-    with torch.inference_mode(not (linear and case.mode == "training")):
+    with torch.inference_mode(getattr(case, "mode", "forward") != "training"):
         timing = time_cuda(calls, copies) if device == "cuda" else time_cpu(calls, seconds)
         memory = {m: peak_bytes(call, device) for m, call in calls.items()}
     return [_row(case, m, timing, memory[m]) for m in methods]
@@ -92,3 +91,6 @@ def _decode_calls(case, device, methods):
     tokens = torch.randint(10, len(tokenizer), (case.batch, case.past), device=device)
     adapted = {m: models.randomize(models.adapted(model, m, case.r)) for m in methods}
     return {m: [models.decode_step(adapted[m], tokens)] for m in methods}
+
+
+_CALLS = {LinearCase: _linear_calls, DecodeCase: _decode_calls, LayerCase: variants.calls}

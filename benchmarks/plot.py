@@ -14,6 +14,11 @@ ROWS = {
     "forward-small": "… of which M ≤ 16, in and out ≤ 1536",
     "training": "one layer, forward and backward",
     **{
+        f"merged-training-m{m}": f"MergedLinear 768 → 2304, two of three parts, {m} rows, forward and backward"
+        for m in (1, 64, 512)
+    },
+    "embedding-training-m4096": "Embedding 50,000 × 768, 4,096 ids, forward and backward",
+    **{
         f"smollm2-decode-{dtype}-b{batch}": f"SmolLM2-135M, decode step, {dtype}, batch {batch}"
         for dtype in ("fp32", "bf16")
         for batch in (1, 4)
@@ -97,6 +102,14 @@ def block(path):
     worst = values.get(("forward-worst-over-base", "fastlora"))
     if worst is not None:
         lines += ["", f"The slowest of the cells, forward: {worst:.2f} × the plain layer."]
+    eight = [
+        f"{values[key]:.2f} × ({rows_of_x} rows, {TITLES[mode].lower()})"
+        for mode in TITLES
+        for rows_of_x in (1, 256)
+        if (key := (f"tasks-{mode}-m{rows_of_x}-over-fastlora", "fastlora_8")) in values
+    ]
+    if eight:
+        lines += ["", f"Eight tasks at once, 1024 → 1024 and rank 8 each, take {', '.join(eight)} the time of one."]
     pictures = [f"![{TITLES[mode]}](benchmarks/results/{path.stem}-{mode}.png)" for mode in TITLES]
     return "\n".join([*lines, "", *pictures, "", ""])
 

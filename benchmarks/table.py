@@ -19,6 +19,10 @@ BARS = {
     ("forward-over-fastlora", "peft"): (">=", 1.65),
     ("forward-small-over-fastlora", "peft"): (">=", 2.7),
     ("training-over-fastlora", "loralib"): (">=", 1.2),
+    **{(f"merged-training-m{m}-over-fastlora", "loralib"): (">=", 2.0) for m in (1, 64, 512)},
+    ("embedding-training-m4096-over-fastlora", "loralib"): (">=", 1.5),
+    **{(f"tasks-{mode}-m1-over-fastlora", "fastlora_8"): ("<=", 2.0) for mode in ("forward", "training")},
+    **{(f"tasks-{mode}-m256-over-fastlora", "fastlora_8"): ("<=", 1.5) for mode in ("forward", "training")},
     **{(f"smollm2-decode-{d}-b{b}-over-base", "fastlora"): ("<=", 0.95) for d in ("fp32", "bf16") for b in (1, 4)},
     **{(f"smollm2-decode-{d}-b{b}-over-fastlora", "peft"): (">=", 1.5) for d in ("fp32", "bf16") for b in (1, 4)},
 }
@@ -84,11 +88,12 @@ def figures(rows):
         figure("forward-over-fastlora", other, column(other, forward, "vs_fastlora"), mean)
         figure("forward-small-over-fastlora", other, column(other, forward, "vs_fastlora", _small), mean)
         figure("training-over-fastlora", other, column(other, training, "vs_fastlora"), mean)
-    for case in sorted({case for case, _ in table if case.startswith("smollm2/")}):
+    for case in sorted({case for case, _ in table if not case.startswith("linear/")}):
         short = case.removesuffix("/r16").replace("/", "-")
-        figure(f"{short}-over-base", "fastlora", column("fastlora", case, "vs_base"), mean)
-        for other in ("loralib", "peft"):
-            figure(f"{short}-over-fastlora", other, column(other, case, "vs_fastlora"), mean)
+        row = {m: r for (c, m), r in table.items() if c == case}
+        figure(f"{short}-over-base", "fastlora", [row["fastlora"]["vs_base"]], mean)
+        for other in [m for m in ("loralib", "peft", "fastlora_8") if m in row]:
+            figure(f"{short}-over-fastlora", other, [row[other]["vs_fastlora"]], mean)
     return found
 
 

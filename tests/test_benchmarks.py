@@ -81,3 +81,23 @@ def test_every_method_computes_the_same_layer(mode):
     assert rows[0]["vs_base"] == 1.0 and rows[1]["vs_fastlora"] == 1.0
     # y in bf16 is the least that a call holds
     assert all(r["peak_mb"] >= 3 * 40 * 2 / 1e6 for r in rows)
+
+
+@pytest.mark.parametrize("op", ["merged", "embedding", "tasks"])
+def test_layers_of_other_kinds_agree_before_they_are_timed(op):
+    """The largest shapes apart, the real cases; each refuses methods that differ."""
+    pytest.importorskip("loralib")
+    cases = module("cases")
+    for case in cases.cases(op, "cpu"):
+        if case.m <= 64:
+            rows = module("measure").measure(case, "cpu", cases.methods(case), 0.01)
+            assert [r["method"] for r in rows] == cases.methods(case)
+
+
+def test_eight_tasks_stand_beside_one():
+    rows = [row("tasks/forward/m1", m, v, v / 2) for m, v in (("base", 1.0), ("fastlora", 2.0), ("fastlora_8", 3.0))]
+    found = {(r["case"], r["method"]): r["value"] for r in module("table").figures(rows)}
+    assert found == {
+        ("figure/tasks-forward-m1-over-base", "fastlora"): 2.0,
+        ("figure/tasks-forward-m1-over-fastlora", "fastlora_8"): 1.5,
+    }

@@ -37,7 +37,8 @@ class EmbeddingLoRA(LoRALayer):
 
     def adapted(self, ids, A, B, scaling, gates):
         ids, gates = match_rows(ids, ids.shape, gates)
-        z = [self.plain(ids, a.t()) for a in A]
+        # dense gradients, whatever W's are: torch has no sparse gradient of a transposed view
+        z = [F.embedding(ids, a.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq) for a in A]
         z = z[0] if len(z) == 1 else torch.cat(z, -1)
         ranks = rank_list([a.shape[0] for a in A], gates)
         if (p := self.dropout_p()) > 0:
@@ -63,4 +64,10 @@ class Embedding(EmbeddingLoRA, nn.Embedding):
     ):
         check_adapter(r, lora_alpha, lora_dropout)
         super().__init__(num_embeddings, embedding_dim, **kwargs)
+        weight, given = self.weight.data, kwargs.get("_weight") is not None
+        if given:
+            # from_pretrained's tensor, over which loralib draws anew
+            self.weight.data = torch.empty_like(weight)
         self.adapt(r, lora_alpha, lora_dropout, merge_weights)
+        if given:
+            self.weight.data = weight
