@@ -17,9 +17,9 @@ from fastlora.ops import check
 
 def lora_layers(model):
     """{name: layer} of the layers with an adapter; ValueError for a model without LoRA layers of any rank."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+    layers = {name: m for name, m in model.named_modules() if holds_adapters(m)}
     check.value(layers, "model", f"a {type(model).__name__} without LoRA layers", "an injected model")
-    return {name: m for name, m in layers.items() if m.r}
+    return {name: m for name, m in layers.items() if isinstance(m, LoRALayer) and m.r}
 
 
 def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-linear", dtype=None, dynamic=False):
@@ -44,7 +44,7 @@ def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-li
 
 def adapt(model, plan, lora_dropout=0.0, dtype=None):
     """`inject` with `plan`, {module name: (r, lora_alpha)}. Nothing changes if any layer is refused."""
-    plain = not any(isinstance(m, LoRALayer) for m in model.modules())
+    plain = not any(map(holds_adapters, model.modules()))
     check.value(plain, "model", "a model with LoRA layers", "a plain one, as remove(model) leaves it")
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     check.value(dtype is None or floating, "dtype", repr(dtype), "a floating torch.dtype or None")

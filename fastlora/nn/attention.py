@@ -90,6 +90,10 @@ class AttentionLoRA:
             return self, "in_proj_weight", slice(start, start + self.embed_dim)
         return self, f"{name}_proj_weight", slice(None)
 
+    def __getstate__(self):
+        # object has one from Python 3.11 on
+        return vars(self).copy()
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         names.adopt(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -98,11 +102,15 @@ class AttentionLoRA:
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
         is_causal=False,
     ):  # fmt: skip
-        batched = query.dim() == 3
-        check.value(query.dim() in (2, 3), "query", f"shape {tuple(query.shape)}", "2 or 3 dimensions")
-        same = key.dim() == value.dim() == query.dim()
-        check.value(same, "key", f"{key.dim()} dimensions, value {value.dim()}", f"{query.dim()}, as query")
         check.value(attn_mask is not None or not is_causal, "attn_mask", None, "a mask, of which is_causal is a hint")
+        check.value(not query.is_nested, "query", "a nested tensor", "a padded one and key_padding_mask; "
+                    "nn.TransformerEncoder makes none with enable_nested_tensor=False")  # fmt: skip
+        check.value(query.dim() in (2, 3), "query", f"shape {tuple(query.shape)}", "2 or 3 dimensions")
+        batched, batch = query.dim() == 3, 0 if self.batch_first else 1
+        fits = key.dim() == value.dim() == query.dim() and key.shape[:-1] == value.shape[:-1]
+        fits = fits and (not batched or key.shape[batch] == query.shape[batch])
+        got = f"shapes {tuple(key.shape)} and {tuple(value.shape)}"
+        check.value(fits, "key, value", got, f"one length, and query's batch: {tuple(query.shape)}")
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -141,12 +149,12 @@ class AttentionLoRA:
             shapes = (length, k.shape[2]), (n * heads, length, k.shape[2])
             got = tuple(attn_mask.shape)
             check.value(got in shapes, "attn_mask", got, f"{shapes[0]} or {shapes[1]}")
-            mask = _additive(attn_mask, q.dtype)
+            mask = _additive("attn_mask", attn_mask, q.dtype)
             mask = mask.unflatten(0, (n, heads)) if mask.dim() == 3 else mask[None, None]
         if key_padding_mask is not None:
             got, want = tuple(key_padding_mask.shape), (n, k.shape[2])
             check.value(got == want, "key_padding_mask", got, want)
-            padding = _additive(key_padding_mask, q.dtype)[:, None, None]
+            padding = _additive("key_padding_mask", key_padding_mask, q.dtype)[:, None, None]
             mask = padding if mask is None else mask + padding
         return mask
 
@@ -172,7 +180,9 @@ class AttentionLoRA:
         return shares @ v, shares
 
 
-def _additive(mask, dtype):
+def _additive(name, mask, dtype):
+    known = mask.dtype == torch.bool or mask.is_floating_point()
+    check.kind(known, name, mask.dtype, "bool, True where hidden, or floats")
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -math.inf)

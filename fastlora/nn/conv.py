@@ -76,7 +76,8 @@ class ConvLoRA(LoRALayer):
             return self._down_and_up(x, A, B, scaling, gates)
         dropped, by_row = self.dropout_p() > 0, gates is not None and gates.dim() > 1
         if not dropped and not by_row:
-            return self.plain(x, self.weight + self.update(A, B, scaling, gates).to(self.weight.dtype))
+            # rounded once, as the merged weight is
+            return self.plain(x, (self.weight + self.update(A, B, scaling, gates)).to(self.weight.dtype))
         y, d = self.plain(x, self.weight), self.lora_dropout(x)
         if by_row:
             return y + self._by_row(d, A, B, scaling, gates)

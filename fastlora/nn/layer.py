@@ -90,7 +90,8 @@ class LoRALayer(Adapter):
         """The end of a constructor in loralib's manner: an adapter beside a frozen weight."""
         self.merge_weights = merge_weights
         self.attach(r, lora_alpha, lora_dropout, self.weight.dtype, self.weight.device)
-        self.weight.requires_grad = not self.r
+        if self.r:
+            self.weight.requires_grad = False
         # W is drawn a second time, as in loralib: the same seed gives the same layer
         self.reset_parameters()
 
@@ -166,7 +167,8 @@ class LoRALayer(Adapter):
         return {**self.__dict__, "_merged_copy": None}
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, r={self.r}" + (f", lora_alpha={self.lora_alpha}" if self.r else "")
+        own = [f"r={self.r}", *([f"lora_alpha={self.lora_alpha}"] if self.r else [])]
+        return ", ".join(filter(None, [super().extra_repr(), *own]))
 
     def dropout_p(self):
         """The probability in force, from the nn.Dropout that programs may change."""
