@@ -16,7 +16,8 @@ def unmerged(layers, tensors, base):
         for key, parts in _weights(layer).items():
             name = f"{path}.{key}" if path else key
             adapters = [_adapter(tensors, path, part) for part, _ in parts]
-            if name not in tensors or all(pair is None for pair in adapters):
+            given = name in tensors and tensors[name].is_floating_point()
+            if not given or all(pair is None for pair in adapters):
                 continue
             check.value(name in base, "base", f"no {name}", "a state dict of the pretrained model")
             want = base[name]

@@ -73,7 +73,7 @@ def rename(model, state_dict):
     layers, own, groups = holders(model), model.state_dict(keep_vars=True).keys(), {}
     for key, tensor in state_dict.items():
         path, rest = owner(layers, key if key in own else key.removeprefix("base_model.model."))
-        groups.setdefault(path, {})[rest] = tensor
+        groups.setdefault(path, {})[key if path is None else rest] = tensor
     found = {}
     for name, tensor in groups.pop(None, {}).items():
         names = name, from_any_name(name), re.sub(r"(^|\.)module\.(\w+)$", r"\1\2", name)

@@ -135,25 +135,44 @@ def test_a_file_of_the_discomole(task):
 
 def test_state_dicts_of_peft():
     peft = pytest.importorskip("peft")
-
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.fc, self.attn = nn.Embedding(11, 8), nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
-
-        def forward(self, ids):
-            x = self.fc(self.embed(ids))
-            return self.attn(x, x, x, need_weights=False)[0]
-
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["embed", "fc", "attn"])
-    theirs = wake(peft.get_peft_model(Plain(), config), 1).eval()
+    theirs = wake(peft.get_peft_model(Branches(), config), 1).eval()
     base = theirs.get_base_model().state_dict()
     for state in (theirs.state_dict(), peft.get_peft_model_state_dict(theirs)):
-        ours = fastlora.inject(Plain(), r=2, lora_alpha=3, target_modules=["embed", "fc", "attn"]).eval()
+        ours = fastlora.inject(Branches(), r=2, lora_alpha=3, target_modules=["embed", "fc", "attn"]).eval()
         load_lora_state_dict(ours, base, strict=False)
         missing, unexpected = load_lora_state_dict(ours, state)
         assert not unexpected and not [name for name in missing if "lora_" in name]
         torch.testing.assert_close(ours(IDS), theirs(IDS))
+
+    ours.attn = nn.MultiheadAttention(8, 2)
+    _, unexpected = load_lora_state_dict(ours, theirs.state_dict(), strict=False)
+    assert torch.equal(ours.attn.in_proj_bias, base["attn.base_layer.in_proj_bias"])
+    assert unexpected == [name for name in theirs.state_dict() if "attn" in name and "lora_" in name]
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc, self.attn = nn.Embedding(11, 8), nn.Linear(8, 8), nn.MultiheadAttention(8, 2)
+
+    def forward(self, ids):
+        x = self.fc(self.embed(ids))
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def test_to_named_tasks_and_back():
+    base = wake(Branches())
+    one = fastlora.inject(wake(Branches()), r=2, target_modules=["embed", "fc", "attn"])
+    for name, parameter in one.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    many = tasks.Model(base, r=2).add_task("formal")
+    many.load_state_dict(lora_state_dict(one, names="tasks"), task="formal")
+    torch.testing.assert_close(many(IDS, task="formal"), one(IDS))
+    again = fastlora.inject(wake(Branches()), r=2, target_modules=["embed", "fc", "attn"])
+    load_lora_state_dict(again, many.state_dict(task="formal"))
+    assert torch.equal(again(IDS), one(IDS))
 
 
 @pytest.mark.parametrize("change, message", [

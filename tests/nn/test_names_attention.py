@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastlora
+from fastlora import tasks
 from fastlora.nn import names
 
 E = 8
@@ -147,6 +148,36 @@ def test_wrong_ranks_and_halves_of_an_adapter_are_reported():
         attention("qk").load_state_dict(joint("qkv"), strict=False)
     unwanted = {"o_lora_A": torch.randn(2, E), "o_lora_B": torch.randn(E, 2)}
     assert layer.load_state_dict(unwanted, strict=False).unexpected_keys == ["lora_o.lora_A", "lora_o.lora_B"]
+
+
+def test_a_stack_is_one_only_with_zeros_beside_its_blocks():
+    """Of rank 6: three stacked adapters of rank 2, or one that a layer of rank 2 has no room for."""
+    layer, dense = attention("qkv"), joint("qkv", r=6)
+    with pytest.raises(RuntimeError, match=r"size mismatch for lora_q.lora_A: .*\[6, 8\]"):
+        layer.load_state_dict({**base_of(layer), **dense})
+    A, B = dense.values()
+    stack = torch.block_diag(*(part[:, 2 * i : 2 * i + 2] for i, part in enumerate(B.chunk(3))))
+    assert layer.load_state_dict({**base_of(layer), "qkv_lora_A": A, "qkv_lora_B": stack}) == ([], [])
+    assert torch.equal(layer.lora_k.lora_A, A[2:4]) and torch.equal(layer.lora_k.lora_B, stack[E : 2 * E, 2:4])
+    # a plain layer's rank is found in the file, where the output projection's allows it
+    plain = nn.MultiheadAttention(E, 2)
+    for rank, beyond in ((2, 0.0), (6, 1.0)):
+        out_A, out_B = torch.randn(6, E), torch.randn(E, 6)
+        out_B[:, 2:] *= beyond
+        stored = {"lora_A": A, "lora_B": stack, "out_proj.lora_A": out_A, "out_proj.lora_B": out_B}
+        found = names.read(plain, stored, "attention")
+        assert {len(found[f"lora_{n}.lora_A"]) for n in "qkvo"} == {rank}
+        for name, rows in zip("qkv", (stack @ A).chunk(3), strict=True):
+            torch.testing.assert_close(found[f"lora_{name}.lora_B"] @ found[f"lora_{name}.lora_A"], rows)
+
+
+def test_layers_with_named_tasks_leave_tasks_names_alone():
+    model = tasks.Model(nn.Sequential(nn.Linear(E, E), nn.MultiheadAttention(E, 2))).add_task("a").add_task("b")
+    stored = {"0.a.module.A": torch.ones(E, 2), "0.b.module.A": torch.ones(E, 2), "0.module.bias": torch.ones(E)}
+    stored.update({f"1.{name}": tensor for name, tensor in joint("qkv").items()})
+    _, unexpected = model.model.load_state_dict(stored, strict=False)
+    assert unexpected == ["0.a.module.A", "0.b.module.A", "1.qkv_lora_A", "1.qkv_lora_B"]
+    assert model.model[0].bias.eq(1).all()
 
 
 def test_projections_of_several_ranks_have_no_joint_adapter():
