@@ -93,14 +93,14 @@ const Cpu& cpu() {
 
 // The bounds come from measurements with r = 16 on an AMD Zen 4 (full-rate vdpbf16ps); those of the split form and of Intel
 // from what such kernels are known to reach there, not yet measured with these. Small M: dot and direct read w once, where
-// it lies. Large M: packed reaches torch's own GEMM, except where MKL is at its best (fp32 on Intel) and where oneDNN's
-// packing is spread over many rows of a large w (bf16).
+// it lies. Large M: packed reaches torch's own GEMM, except where MKL is at its best (fp32 on Intel) and where w is large
+// and bf16: oneDNN packs it faster, the more so where w lies along n.
 Form choose(const Shape& s, const Cpu& cpu) {
   const bool dot_bf16 = s.type == kBFloat16 && cpu.dot_bf16;
   if (s.w_along_k && !s.masked && s.M <= (dot_bf16 ? 32 : 64)) return kDot;
   if (!s.w_along_k && s.M <= 4) return kDirect;
   if (s.type == kFloat && cpu.intel && s.M >= 128) return kVendor;
-  if (dot_bf16 && s.M >= (s.w_along_k ? 48 : 128) && s.K >= 2048) return kVendor;
+  if (dot_bf16 && s.M >= (s.w_along_k ? 48 : 16) && s.K >= 2048) return kVendor;
   return kPacked;
 }
 

@@ -137,6 +137,8 @@ struct Packed {
 template <class T>
 void gemm_packed(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Scratch s) {
   Packed<T> packed(p, s);
+  // rows of w that lie along n pack faster into few panels at once; with many rows of x that no longer counts
+  const int64_t group = p.w_along_k || m1 - m0 > 128 ? kGroup : kGroup / 2;
   // blocks of one size
   constexpr int64_t most = Packing<T>::steps * Packing<T>::per_step;
   int64_t blocks = p.K > most ? (p.K + most - 1) / most : 1;
@@ -146,8 +148,8 @@ void gemm_packed(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, 
     int64_t rows = min(most_rows, m1 - m);
     gated_rows(p, m, rows, rows + kTall, packed.zg);
     Packing<T>::pair_columns(packed.zg, rows + kTall, p.R);
-    for (int64_t n = n0; n < n1; n += kGroup) {
-      int64_t columns = min(kGroup, n1 - n), k = 0;
+    for (int64_t n = n0; n < n1; n += group) {
+      int64_t columns = min(group, n1 - n), k = 0;
       for (int64_t c = 0; c < columns; c += kPanel) {
         pack_factors<T>(p, n + c, min(kPanel, columns - c), kPanel, packed.f + c * p.R);
         Packing<T>::pair_rows(packed.f + c * p.R, p.R, kPanel);
