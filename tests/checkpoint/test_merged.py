@@ -151,3 +151,9 @@ def test_the_given_dict_is_left_alone():
     stored.update(lora_A=torch.zeros(2, 6), lora_B=torch.zeros(4, 2))
     found = unmerged({"": layer}, stored, {"weight": torch.ones(4, 6) * (1 + 1e-7)})
     assert found["weight"] is not stored["weight"] and torch.equal(stored["weight"], torch.ones(4, 6))
+
+
+def test_a_quantised_weight_is_no_merged_one():
+    layer = wake(fastlora.Linear(6, 4, r=2))
+    stored = {**copied(layer.state_dict()), "weight": torch.ones(4, 6, dtype=torch.int8)}
+    assert unmerged({"": layer}, stored, {}) == stored
