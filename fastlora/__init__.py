@@ -2,6 +2,7 @@
 
 from fastlora.backends import use_backend
 from fastlora.checkpoint import load_adapter, load_lora_state_dict, lora_state_dict, save_adapter
+from fastlora.dynamic import DyLinear
 from fastlora.explain import explain
 from fastlora.model import (
     disable_adapter,
@@ -34,6 +35,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "DyLinear",
     "Embedding",
     "Linear",
     "LoRALayer",

@@ -7,6 +7,8 @@ loralib runs with `import fastlora.dynamic as lora`. Source: Valipour et al. 202
 
 import collections
 import copy
+import functools
+import math
 import random
 import warnings
 import weakref
@@ -18,6 +20,7 @@ from fastlora.checkpoint import lora_state_dict
 from fastlora.model import lora_layers, mark_only_lora_as_trainable
 from fastlora.nn import Conv2d, Embedding, LoRALayer, MergedLinear
 from fastlora.nn import linear as static
+from fastlora.nn.layer import ranked_layers
 from fastlora.nn.switch import rows_ranked
 from fastlora.ops import check
 
@@ -38,8 +41,8 @@ __all__ = [
     "truncate",
 ]
 
-# id of a parameter -> its layer, of those whose rank was set here; -> the optimizer that holds its frozen rows
-_owners, _holders = weakref.WeakValueDictionary(), weakref.WeakValueDictionary()
+# what hold_frozen_rows returned; layers whose backward looks for it
+_holds, _watched = weakref.WeakSet(), weakref.WeakSet()
 # optimizers whose state has no entry for each entry of a parameter
 _REFUSED = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
 _warned = False
@@ -65,63 +68,82 @@ class DyLinear(static.Linear):
 
     def get_rank(self):
         """The 0-based rank index: the layer uses one component more."""
-        return self.rank - 1
+        return (self.rank or self.r) - 1
 
     def set_rank(self, rank, frozen=False):
         """Use `rank` + 1 components from now on, 0 <= rank < r; with `frozen` only the last of them trains."""
-        valid = isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank < self.r
-        check.value(valid, "rank", repr(rank), f"an index from 0 to {self.r - 1}")
-        _begin_step([self], rank + 1, frozen)
+        check.value(self.r, "rank", f"{rank!r} on a layer without an adapter", "a layer of r >= 1")
+        check.value(_whole(rank) and 0 <= rank < self.r, "rank", repr(rank), f"an index from 0 to {self.r - 1}")
+        _set([self], rank + 1, frozen)
+        self.forget_runs()
 
 
 Linear = DyLinear
 
 
+def _whole(number):
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 def _layers(model):
     layers = [model] if isinstance(model, LoRALayer) else list(lora_layers(model).values())
-    check.value(layers and all(m.r for m in layers), "model", "no layer of rank 1 or more", "layers with an adapter")
+    # named tasks have no rank to choose
+    own = layers and all(m.r and hasattr(m, "lora_A") for m in layers)
+    check.value(own, "model", "no layer of rank 1 or more", "layers with an adapter of their own")
+    # raises where a part of r means nothing
+    _ = [layer.narrow(layer.lora_A, layer.lora_B, 0, 1) for layer in layers]
     return layers
 
 
 def _set(layers, rank, frozen):
     most = max(layer.r for layer in layers)
-    valid = rank is None or isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= most
+    valid = rank is None or _whole(rank) and 1 <= rank <= most
     check.value(valid, "rank", repr(rank), f"an integer from 1 to {most}")
+    check.value(rank or not frozen, "frozen", frozen, "False where the rank is None")
     for layer in layers:
         layer.use_rank(rank and min(rank, layer.r), frozen)
-        _owners[id(layer.lora_A)] = _owners[id(layer.lora_B)] = layer
+        if frozen and layer not in _watched:
+            _watched.add(layer)
+            for parameter in filter(lambda p: p.requires_grad, (layer.lora_A, layer.lora_B)):
+                parameter.register_post_accumulate_grad_hook(functools.partial(_check_held, weakref.ref(layer)))
 
 
-def _begin_step(layers, rank, frozen):
-    """Set the rank of a training step, before which no backward is pending; warn of a frozen step that was not held."""
+def _check_held(layer, parameter):
+    """In a backward: warn once of a frozen step that no optimizer holds."""
     global _warned
-    loose = any(m.frozen and m.training and m._ran and id(m.lora_A) not in _holders for m in layers)
-    if loose and frozen and not _warned:
-        _warned = True
-        warnings.warn(
-            "fastlora: frozen rows have a zero gradient, but weight decay and momentum still move them: "
-            "call dynamic.hold_frozen_rows(optimizer)",
-            stacklevel=3,
-        )
-    _set(layers, rank, frozen)
-    for layer in layers:
-        layer.forget_runs()
+    frozen = not _warned and layer() is not None and layer().frozen
+    # the second look: it may be in a group that was added since
+    known = any(id(parameter) in hold.ids for hold in _holds) or any(id(parameter) in hold.read() for hold in _holds)
+    if not frozen or known:
+        return
+    _warned = True
+    warnings.warn(
+        "fastlora: frozen rows have a zero gradient, but weight decay and momentum still move them: "
+        "call dynamic.hold_frozen_rows(optimizer)",
+        stacklevel=2,
+    )
 
 
 class model_rank:
     """Run a model or a layer at rank k from now on, or in a `with` block: `with model_rank(model, 4): model(x)`.
 
     k counts from 1; a layer whose r is lower uses all it has; None uses every layer's r. With `frozen`, training
-    changes component k alone. The end of a block puts each layer's own rank back. The rank is the model's, for all
-    threads. Raises ValueError for k outside 1 to r.
+    changes component k alone: `optimizer.step()` belongs into the block. Its end puts each layer's own rank back. The
+    rank is the model's, for all threads. Under activation checkpointing backward belongs into the block too: a
+    recompute at another rank raises. Raises ValueError for k outside 1 to r.
     """
 
     def __init__(self, model, k, frozen=False):
-        self.layers = _layers(model)
+        self.layers, self.given = _layers(model), (k, frozen)
         self.before = [(layer.rank, layer.frozen) for layer in self.layers]
-        _set(self.layers, k, frozen)
+        for layer in self.layers:
+            # its backward is over; one of a block that has ended may still come, and must not find another rank
+            layer._ran -= {layer.rank}
+        _set(self.layers, *self.given)
 
     def __enter__(self):
+        # again, in case another rank was set since, or an earlier block of this object has ended
+        _set(self.layers, *self.given)
         return self
 
     def __exit__(self, *_):
@@ -140,23 +162,28 @@ def sample(model, step, seed=0, frozen=False, distribution="uniform"):
     most = max(layer.r for layer in layers)
     weights = [1] * most if isinstance(distribution, str) and distribution == "uniform" else distribution
     listed = isinstance(weights, (list, tuple)) and len(weights) == most
-    fits = listed and all(w >= 0 for w in weights) and sum(weights) > 0
+    fits = listed and all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights) and sum(weights) > 0
     check.value(fits, "distribution", repr(distribution), f"'uniform' or {most} weights, none negative")
     check.kind(isinstance(step, int) and isinstance(seed, int), "step", f"{step!r} with seed {seed!r}", "integers")
     rank = random.Random(f"{seed} {step}").choices(range(1, most + 1), weights)[0]
-    _begin_step(layers, rank, frozen)
+    _set(layers, rank, frozen)
+    for layer in layers:
+        layer.forget_runs()
     return rank
 
 
 def row_ranks(model, ranks):
-    """Context manager: in this thread batch row i runs at rank ranks[i], as a 0/1 gate on each component.
+    """Context manager: in this thread batch row i runs the model at rank ranks[i], as a 0/1 gate on each component.
 
-    Layers see one batch row for each rank, or one for all. Raises ValueError for a rank outside 1 to r.
+    Layers see one batch row for each rank, or one for all; a layer whose r is lower uses all it has. Nothing is frozen
+    in it. Raises ValueError for a rank outside 1 to r.
     """
-    least = min(layer.r for layer in _layers(model))
-    given = [int(k) if int(k) == k else 0 for k in ranks]
-    check.value(given and min(given) >= 1 and max(given) <= least, "ranks", ranks, f"integers from 1 to {least}")
-    return rows_ranked(torch.tensor(given, dtype=torch.float32))
+    layers = _layers(model)
+    most = max(layer.r for layer in layers)
+    given = getattr(ranks, "tolist", lambda: ranks)()
+    valid = isinstance(given, (list, tuple)) and given and all(_whole(k) and 1 <= k <= most for k in given)
+    check.value(valid, "ranks", repr(given), f"a list of integers from 1 to {most}")
+    return rows_ranked(layers, torch.tensor(given, dtype=torch.float32))
 
 
 def truncate(model, k):
@@ -164,10 +191,12 @@ def truncate(model, k):
 
     A layer whose r is lower stays as it is. Raises ValueError for k outside 1 to r.
     """
+    check.value(k is not None, "rank", k, "an integer")
     model = copy.deepcopy(model)
     layers = _layers(model)
     _set(layers, k, False)
     for layer in layers:
+        layer.forget_runs()
         pair = layer.narrow(layer.lora_A.detach(), layer.lora_B.detach(), 0, layer.rank)
         for name, old, new in zip(("lora_A", "lora_B"), (layer.lora_A, layer.lora_B), pair, strict=True):
             setattr(layer, name, nn.Parameter(new.clone(), requires_grad=old.requires_grad))
@@ -183,61 +212,82 @@ RankReport = collections.namedtuple("RankReport", ["values", "rank"])
 def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
     """({rank: fn(model)} for every rank, the smallest rank whose value is within `tolerance` of the best).
 
-    The model's ranks are put back afterwards; its training mode is fn's affair.
+    The model's ranks are put back afterwards; its training mode is fn's affair. NaN is never the best. Raises
+    ValueError for a tolerance below 0, and if all values are NaN.
     """
+    check.value(tolerance >= 0, "tolerance", tolerance, "a number of at least 0")
     values = {}
     with model_rank(model, None):
         layers = _layers(model)
         for k in range(1, max(layer.r for layer in layers) + 1):
             _set(layers, k, False)
             values[k] = fn(model)
-    sign = 1 if higher_is_better else -1
-    best = max(sign * value for value in values.values())
-    return RankReport(values, next(k for k, value in values.items() if sign * value >= best - tolerance))
+    signed = {k: value if higher_is_better else -value for k, value in values.items() if not math.isnan(value)}
+    check.value(signed, "fn", "NaN at every rank", "a number")
+    best = max(signed.values())
+    return RankReport(values, next(k for k, value in signed.items() if value >= best - tolerance))
 
 
 def hold_frozen_rows(optimizer):
     """Make frozen mode exact: after each `optimizer.step()`, all but the live component are as they were before it.
 
     A zero gradient still decays a row under AdamW and carries its momentum; this puts the rows back, those above k too,
-    and their optimizer state. It needs a copy of the adapters and of their state during a step. Returns a handle whose
-    `remove()` ends it. Raises TypeError for optimizers whose state has no entry for each entry of a parameter.
+    and their optimizer state. The live component is that of the rank at the end of `step()`. It needs a copy of the
+    adapters and of their state during a step. Returns a handle whose `remove()` ends it. Raises TypeError for
+    optimizers whose state has no entry for each entry of a parameter.
     """
-    name = type(optimizer).__name__
-    check.kind(name not in _REFUSED, "optimizer", name, "one whose state has each parameter's shape, such as AdamW")
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            _holders[id(parameter)] = optimizer
-    before = {}
-    hooks = (
-        optimizer.register_step_pre_hook(lambda *_: before.update(_frozen_tensors(optimizer))),
-        optimizer.register_step_post_hook(lambda *_: _put_back(optimizer, before)),
-    )
-    return _Handle(optimizer, hooks)
+    # accelerate's is a wrapper
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    refused = any(cls.__name__ in _REFUSED for cls in type(optimizer).__mro__)
+    fits = isinstance(optimizer, torch.optim.Optimizer) and not refused
+    expected = "one whose state has each parameter's shape, such as torch.optim.AdamW"
+    check.kind(fits, "optimizer", type(optimizer).__name__, expected)
+    return _Hold(optimizer)
 
 
-class _Handle:
-    def __init__(self, optimizer, hooks):
-        self.optimizer, self.hooks = weakref.ref(optimizer), hooks
+class _Hold:
+    def __init__(self, optimizer):
+        self.optimizer, self.before = optimizer, {}
+        self.hooks = optimizer.register_step_pre_hook(self._copy), optimizer.register_step_post_hook(self._put_back)
+        self.read()
+        _holds.add(self)
 
     def remove(self):
         for hook in self.hooks:
             hook.remove()
-        for key in [key for key, holder in _holders.items() if holder is self.optimizer()]:
-            del _holders[key]
+        _holds.discard(self)
 
+    def read(self):
+        """The ids of the optimizer's parameters."""
+        self.ids = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return self.ids
 
-def _frozen_tensors(optimizer):
-    """{parameter: (indices of its live entries, copies of it and of its state)} of what a frozen step may move."""
-    found = {}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        layer = _owners.get(id(parameter))
-        if layer is None or not layer.frozen or not any(parameter is p for p in (layer.lora_A, layer.lora_B)):
-            continue
-        places = [torch.arange(p.numel(), device=p.device).view(p.shape) for p in (layer.lora_A, layer.lora_B)]
-        live = layer.narrow(*places, layer.rank - 1, layer.rank)[parameter is layer.lora_B].flatten()
-        found[parameter] = live, {key: tensor.clone() for key, tensor in _rowed(optimizer, parameter)}
-    return found
+    def _copy(self, optimizer, args, kwargs):
+        # a step whose closure raised has left its copies
+        self.before = {}
+        # a closure may set the rank
+        may_change = len(args) > 1 or bool(kwargs)
+        ids = self.read()
+        # a layer that `remove` made plain again has no rank
+        ranked = [m for m in ranked_layers if isinstance(m, LoRALayer) and (m.frozen or may_change)]
+        for layer, parameter in ((m, p) for m in ranked for p in (m.lora_A, m.lora_B) if id(p) in ids):
+            self.before[parameter] = layer, {key: t.clone() for key, t in _rowed(optimizer, parameter)}
+
+    @torch.no_grad()
+    def _put_back(self, optimizer, *_):
+        before, self.before = self.before, {}
+        for parameter, (layer, saved) in before.items():
+            if not layer.frozen:
+                continue
+            places = [torch.arange(p.numel(), device=p.device).view(p.shape) for p in (layer.lora_A, layer.lora_B)]
+            live = layer.narrow(*places, layer.rank - 1, layer.rank)[parameter is layer.lora_B].flatten()
+            for key, tensor in _rowed(optimizer, parameter):
+                old = saved.get(key)
+                if old is None:
+                    # made in this step, from zeros; Rprop's step sizes begin at the learning rate, for all rows
+                    old = tensor.clone() if key == "step_size" else torch.zeros_like(tensor)
+                now = tensor.reshape(-1)[live]
+                tensor.copy_(old.view(-1).index_copy(0, live, now).view(tensor.shape))
 
 
 def _rowed(optimizer, parameter):
@@ -248,16 +298,3 @@ def _rowed(optimizer, parameter):
             check.value(tensor.shape == parameter.shape, "optimizer", f"a state {key!r} of shape {tuple(tensor.shape)}",
                         f"{tuple(parameter.shape)}, its parameter's")  # fmt: skip
             yield key, tensor
-
-
-@torch.no_grad()
-def _put_back(optimizer, before):
-    for parameter, (live, saved) in before.items():
-        for key, tensor in _rowed(optimizer, parameter):
-            old = saved.get(key)
-            if old is None:
-                # made in this step, from nothing but zeros; Rprop's step sizes begin at the learning rate, for all rows
-                old = tensor.clone() if key == "step_size" else torch.zeros_like(tensor)
-            now = tensor.reshape(-1)[live]
-            tensor.copy_(old.view(-1).index_copy(0, live, now).view(tensor.shape))
-    before.clear()

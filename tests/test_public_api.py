@@ -15,6 +15,7 @@ EXPORTS = {
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "DyLinear",
     "Embedding",
     "Linear",
     "LoRALayer",

@@ -120,14 +120,14 @@ class AttentionLoRA:
         mask = self._mask(q, k, key_padding_mask, attn_mask)
         k, v, mask = self._extend(k, v, mask)
         y, shares = self._attend(q, k, v, mask, need_weights)
-        # dense in the order of the result, as torch's: programs view it
-        y = y.permute(2, 0, 1, 3) if batched and not self.batch_first else y.transpose(1, 2)
-        y = self._adapt("o", y.flatten(2), self.out_proj.weight, self.out_proj.bias)
+        # batch first: an adapter may have a gate for each batch row
+        y = self._adapt("o", y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if shares is not None and average_attn_weights:
             shares = shares.mean(1)
         if not batched:
             return y.squeeze(0), None if shares is None else shares.squeeze(0)
-        return y, shares
+        # dense in the order of the result, as torch's: programs view it
+        return y if self.batch_first else y.transpose(0, 1).contiguous(), shares
 
     def _adapt(self, name, x, weight, bias):
         projection = self._modules.get(f"lora_{name}")

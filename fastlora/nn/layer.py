@@ -2,6 +2,7 @@
 
 import math
 import operator
+import weakref
 
 import torch
 from torch import nn
@@ -27,6 +28,10 @@ def check_adapter(r, lora_alpha, lora_dropout, least=0):
     check.value(finite(lora_alpha), "lora_alpha", repr(lora_alpha), "a finite number")
     share = finite(lora_dropout) and 0 <= lora_dropout <= 1
     check.value(share, "lora_dropout", repr(lora_dropout), "a number from 0 to 1")
+
+
+# the layers with a rank of their own
+ranked_layers = weakref.WeakSet()
 
 
 class Adapter:
@@ -134,7 +139,10 @@ class LoRALayer(Adapter):
         known = rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= self.r)
         check.value(known, "rank", repr(rank), f"an integer from 1 to {self.r}")
         self.rank, self.frozen = rank, frozen
+        # a new tensor: a backward still to come has saved the other rank's
+        self.scaling = self.scaling.clone()
         self.set_scale(self._factor)
+        ranked_layers.add(self)
         self.refresh()
 
     def refresh(self):
@@ -166,6 +174,11 @@ class LoRALayer(Adapter):
     def __getstate__(self):
         return {**self.__dict__, "_merged_copy": None}
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self.rank:
+            ranked_layers.add(self)
+
     def extra_repr(self):
         own = [f"r={self.r}", *([f"lora_alpha={self.lora_alpha}"] if self.r else [])]
         return ", ".join(filter(None, [super().extra_repr(), *own]))
@@ -181,8 +194,8 @@ class LoRALayer(Adapter):
         With ranks per batch row the gates are (batch, r), one for each rank row of the only adapter.
         """
         A, B, k = self.lora_A, self.lora_B, self.rank
-        if switch.row_ranks is not None:
-            return (A,), (B,), self.scaling, self._rank_gates(switch.row_ranks.to(A.device))
+        if id(self) in switch.row_ranks:
+            return (A,), (B,), self.scaling, self._rank_gates(switch.row_ranks[id(self)].to(A.device))
         if k is not None and self.frozen and self.training and k > 1:
             low, live = self.narrow(A.detach(), B.detach(), 0, k - 1), self.narrow(A, B, k - 1, k)
             return (low[0], live[0]), (low[1], live[1]), self.scaling, None
@@ -192,6 +205,7 @@ class LoRALayer(Adapter):
 
     def _rank_gates(self, ranks):
         """1 for the components that a batch row uses, times what makes lora_alpha / r its lora_alpha / rank."""
+        ranks = ranks.clamp(max=self.r)
         rows = torch.arange(self.r, device=ranks.device) < ranks[:, None]
         return rows * ((self.rank or self.r) / ranks[:, None])
 
@@ -233,7 +247,7 @@ class LoRALayer(Adapter):
         """The weight that alone gives this call's y, or None where the adapter has to run."""
         if not self.r or self.is_off():
             return self.base_weight()
-        if not self.merged or switch.row_ranks is not None:
+        if not self.merged or id(self) in switch.row_ranks:
             return None
         trained = [p for p in self._parameters.values() if p is not None and p.requires_grad]
         if trained and torch.is_grad_enabled():

@@ -16,9 +16,9 @@ class _Switch(threading.local):
     def __init__(self):
         # in the instance from the start: Dynamo's guard on an attribute of the class would miss the first block.
         # `off` holds the layers' ids, as of a set of modules Dynamo guards the length alone.
-        # `tasks` holds (owner, names, gates), the innermost block's first. `apart` says that some layers are off or
-        # ranked by row, so that others ask no further
-        self.off, self.tasks, self.row_ranks, self.restored, self.apart = frozenset(), (), None, False, False
+        # `tasks` holds (owner, names, gates), the innermost block's first; `row_ranks` the ranks by a layer's id.
+        # `apart` says that some layers are off or ranked by row, so that others ask no further
+        self.off, self.tasks, self.row_ranks, self.restored, self.apart = frozenset(), (), {}, False, False
 
 
 switch = _Switch()
@@ -27,7 +27,7 @@ switch = _Switch()
 @contextlib.contextmanager
 def _set(off, tasks, row_ranks, restored):
     before = switch.off, switch.tasks, switch.row_ranks, switch.restored, switch.apart
-    apart = bool(off) or row_ranks is not None
+    apart = bool(off or row_ranks)
     switch.off, switch.tasks, switch.row_ranks, switch.restored, switch.apart = off, tasks, row_ranks, restored, apart
     try:
         yield
@@ -54,9 +54,10 @@ def selection(owner):
     return (), None
 
 
-def rows_ranked(ranks):
-    """Context manager: in this thread, batch row i uses the first ranks[i] components of every adapter."""
-    return _set(switch.off, switch.tasks, ranks, switch.restored)
+def rows_ranked(layers, ranks):
+    """Context manager: in this thread, batch row i uses the first ranks[i] components of these layers' adapters."""
+    ranked = switch.row_ranks | dict.fromkeys(map(id, layers), ranks)
+    return _set(switch.off, switch.tasks, ranked, switch.restored)
 
 
 class _Traced(TorchDispatchMode):
@@ -89,10 +90,11 @@ def cannot_know(what):
 def is_off(layer):
     """Whether this thread runs `layer` without its adapter. Raises RuntimeError in a recompute that cannot know."""
     off = id(layer) in switch.off
-    mode = "off" if off else "by row" if switch.row_ranks is not None else layer.rank
+    mode = "off" if off else "by row" if id(layer) in switch.row_ranks else layer.rank
     if is_recompute():
         if mode in ("off", "by row") or layer._ran - {mode}:
             cannot_know("disable_adapter, model_rank or row_ranks was used")
-    elif (mode or layer._ran) and not (switch.restored or torch.compiler.is_compiling()) and torch.is_grad_enabled():
-        layer._ran |= {mode}
+    elif (mode or layer._ran) and not (switch.restored or torch.compiler.is_compiling()):
+        # reentrant checkpointing runs its first forward without gradients; a reference pass, off, does so too
+        layer._ran |= {mode} if torch.is_grad_enabled() or layer.training and not off else set()
     return off
