@@ -98,7 +98,9 @@ class ConvLoRA(LoRALayer):
             gates = gates.view(gates.shape[0], *(1 for _ in self.kernel_size), -1)
         base = self.plain(x, self.weight)
         ranks = rank_list([a.shape[0] for a in A], gates)
-        y = lora_expand_op(base.movedim(channels, -1), z, up, scaling, gates, ranks, ()).movedim(-1, channels)
+        # the kernels copy strided tensors anyway, and Inductor fails on those with symbolic sizes
+        y, z = base.movedim(channels, -1).contiguous(), z.contiguous()
+        y = lora_expand_op(y, z, up, scaling, gates, ranks, ()).movedim(-1, channels)
         # a view with channels last would break a program's y.view(len(y), -1)
         return y.contiguous() if base.is_contiguous() else y
 
