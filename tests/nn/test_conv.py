@@ -171,3 +171,39 @@ def test_bad_arguments_and_refusals():
         lora.inject(model, target_modules=["0"])
     plain = lora.Conv2d(4, 6, 3)
     assert list(plain.state_dict()) == ["weight", "bias"] and plain.weight.requires_grad
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_result_is_laid_out_as_torchs(n):
+    """Programs flatten it with view."""
+    x = image(n)
+    for options in ({}, {"form": "peft"}):
+        assert layer(n, **options)(x).is_contiguous()
+    if n > 1:
+        last = torch.channels_last if n == 2 else torch.channels_last_3d
+        made, x = layer(n, form="peft").to(memory_format=last), x.to(memory_format=last)
+        assert made(x).stride() == lora.remove(copy.deepcopy(made))(x).stride() != layer(n)(image(n)).stride()
+
+
+def test_a_grouped_update_in_pefts_form_runs_beside_the_weight():
+    """Its ΔW mixes the groups, so no weight of this convolution can hold it."""
+    made, x = layer(2, form="peft", groups=2), image(2)
+    y = made(x)
+    with torch.no_grad():
+        torch.testing.assert_close(made.eval()(x), y)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 6, 3, groups=2))
+    lora.inject(model, r=2, target_modules=["0", "1"])
+    for in_place in (False, True):
+        with pytest.raises(ValueError, match="1: got a LoRAConv2d in the form 'peft' with groups = 2, expected groups"):
+            lora.merge(model, in_place)
+        assert all(isinstance(m, lora.LoRALayer) and not m.merged for m in model)
+
+
+def test_the_sum_is_rounded_once():
+    """In training as in the merged weight."""
+    made = layer(2).bfloat16()
+    with torch.no_grad():
+        exact = made.weight.float() + made.update(*made.adapters())
+        x = image(2).bfloat16()
+        y = nn.functional.conv2d(x, exact.bfloat16(), made.bias)
+        assert torch.equal(made(x), y) and torch.equal(made.eval()(x), y)

@@ -154,3 +154,31 @@ def test_copies_export_and_compile():
     half = copy.deepcopy(layer).bfloat16()
     assert half(IDS).dtype == torch.bfloat16 and float(half.scaling) == 2.5
     torch.testing.assert_close(half(IDS).float(), y, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("r", [0, 2])
+def test_a_given_weight_stays(r):
+    """loralib draws over it, in the tensor that was given."""
+    weight = torch.randn(9, 6, dtype=torch.float64)
+    before = weight.clone()
+    layer = lora.Embedding(9, 6, r=r, _weight=weight)
+    assert torch.equal(weight, before) and torch.equal(layer.weight, before)
+    assert layer.weight.requires_grad == (r == 0) and layer(IDS).dtype == torch.float64
+    frozen = lora.Embedding.from_pretrained(weight)
+    assert torch.equal(frozen.weight, before) and not frozen.weight.requires_grad
+
+
+def test_ids_of_any_shape_and_size():
+    layer = pair()[1]
+    wake(layer)
+    y = layer(IDS)
+    torch.testing.assert_close(layer(IDS[0, 0]), y[0, 0])
+    torch.testing.assert_close(layer(IDS.int().T), y.transpose(0, 1))
+    assert layer(IDS[:0]).shape == (0, 4, 6)
+
+
+@pytest.mark.parametrize("bad", [{"r": -1}, {"r": 1.5}, {"lora_alpha": float("nan")}, {"lora_dropout": 1.5}])
+def test_bad_arguments(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"{name}: got"):
+        lora.Embedding(9, 6, **{"r": 2, **bad})

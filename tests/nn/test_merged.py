@@ -136,3 +136,9 @@ def test_merged_export_and_half_precision():
 def test_bad_arguments(bad, message):
     with pytest.raises(ValueError, match=message):
         lora.MergedLinear(10, 12, **bad)
+
+
+@pytest.mark.parametrize("bad", [True, None, "qv", [["q"]], [0.5]])
+def test_enable_lora_is_a_list_of_bools(bad):
+    with pytest.raises(ValueError, match="enable_lora: got .*expected a list of bools"):
+        lora.MergedLinear(4, 6, r=2, enable_lora=bad)
