@@ -142,3 +142,17 @@ def test_bad_arguments(bad, message):
 def test_enable_lora_is_a_list_of_bools(bad):
     with pytest.raises(ValueError, match="enable_lora: got .*expected a list of bools"):
         lora.MergedLinear(4, 6, r=2, enable_lora=bad)
+
+
+@pytest.mark.parametrize("name", ["Linear", "MergedLinear"])
+def test_behaviour_05_fan_in_fan_out_transposes_w_alone(name):
+    """After the reset: the same seed gives the transpose, lora_A and lora_B as they are."""
+    options = {"enable_lora": [True, False]} if name == "MergedLinear" else {}
+    made = []
+    for library, flag in ((loralib, True), (lora, True), (lora, False)):
+        torch.manual_seed(0)
+        made.append(getattr(library, name)(10, 12, r=2, fan_in_fan_out=flag, **options))
+    theirs, ours, plain = made
+    assert ours.weight.shape == (10, 12) and torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.weight.T, plain.weight)
+    assert torch.equal(ours.lora_A, plain.lora_A) and ours.lora_B.shape == plain.lora_B.shape
