@@ -42,6 +42,7 @@ def save_adapter(model, folder):
     Raises ValueError, naming the layer, for one that PEFT does not have.
     """
     layers = _adapted(model)
+    _warn_of_convolutions(layers)
     bias = _trained_biases(model, layers)
     written = {name: write(layer, "peft", name) for name, layer in layers.items()}
     named = {join(path, name): tensor for path, tensors in written.items() for name, tensor in tensors.items()}
@@ -64,6 +65,13 @@ def _adapted(model):
     check.value(inside, "model", "LoRA layers without an adapter of their own", "one with adapters")
     own = {name: name if m.kind != "projection" else name.rpartition(".")[0] for name, m in inside.items()}
     return {name: modules[name] for name in own.values()}
+
+
+def _warn_of_convolutions(layers):
+    names = [n for n, m in layers.items() if m.kind == "conv" and (set(m.dilation) != {1} or m.padding_mode != "zeros")]
+    if names:
+        said = "PEFT's adapter of a convolution has no dilation and pads with zeros, so its outputs differ"
+        warnings.warn(f"fastlora: {', '.join(names[:3])}: {said}", stacklevel=3)
 
 
 def _one(layer):
@@ -149,6 +157,7 @@ def load_adapter(model, folder, dtype=None):
         targets = {planned.path: (planned.r, planned.lora_alpha) for planned in plan.values()}
         adapt(model, targets, config.get("lora_dropout", 0.0), dtype)
     layers = lora_layers(model)
+    _warn_of_convolutions(layers)
     have, want = {name: layer.r for name, layer in layers.items()}, {name: p.r for name, p in plan.items()}
     wrong = sorted(name for name in have | want if have.get(name) != want.get(name))
     check.value(not wrong, "model", f"ranks {[have.get(n) for n in wrong[:3]]} at {wrong[:3]}",

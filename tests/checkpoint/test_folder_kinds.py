@@ -164,6 +164,16 @@ def test_what_peft_does_not_have_is_refused_before_a_file_is_written(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"padding": 1, "padding_mode": "circular"}])
+def test_convolutions_that_peft_computes_otherwise_are_named(options, tmp_path):
+    base, x = nn.Sequential(nn.Conv2d(2, 3, 3, **options)).eval(), torch.randn(1, 2, 6, 6)
+    model = wake(fastlora.inject(copy.deepcopy(base), r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match="fastlora: 0: PEFT's adapter of a convolution has no dilation"):
+        save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="no dilation"):
+        assert torch.equal(load_adapter(base, tmp_path)(x), model(x))
+
+
 def test_other_layers_than_the_files_are_refused(tmp_path):
     base = build()
     save_adapter(wake(fastlora.inject(copy.deepcopy(base), r=2, target_modules=["attn", "conv"])), tmp_path)
