@@ -107,10 +107,12 @@ def test_the_adapters_dtypes_and_a_compiled_model(dtype):
     model = lora.inject(build().to(dtype), r=2, target_modules=TARGETS)
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     assert all(p.dtype == wanted for name, p in wake(model).named_parameters() if "lora_" in name)
-    torch._dynamo.reset()
-    y = torch.compile(model, fullgraph=True, backend="aot_eager")(IDS)
+    y = model(IDS)
     assert y.dtype == dtype
-    torch.testing.assert_close(y, model(IDS), rtol=0.02, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
+    if dtype == torch.bfloat16:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(IDS), y, rtol=0.02, atol=0.1)
 
 
 @pytest.mark.parametrize("options, message", [
