@@ -194,15 +194,19 @@ void run(const Outer& p) {
 }
 
 Tensors split_gradient(const Tensor& sums, TensorList adapters, int64_t dim) {
-  Tensors out;
-  int64_t start = 0;
-  for (const auto& t : adapters) {
-    const auto r = t.size(dim);
-    auto part = adapters.size() == 1 ? sums : sums.narrow(dim, start, r).contiguous();
-    out.push_back(part.scalar_type() == t.scalar_type() ? part : part.to(t.scalar_type()));
-    start += r;
+  if (adapters.empty()) return {};
+  std::vector<int64_t> ranks;
+  for (const auto& t : adapters) ranks.push_back(t.size(dim));
+  const auto count = static_cast<int64_t>(ranks.size());
+  Tensors parts{sums};
+  if (count > 1 && dim == 1 && std::all_of(ranks.begin(), ranks.end(), [&](auto r) { return r && r == ranks[0]; })) {
+    // one copy, whatever the number of adapters
+    parts = sums.view({sums.size(0), count, ranks[0]}).transpose(0, 1).contiguous().unbind(0);
+  } else if (count > 1) {
+    parts = sums.split_with_sizes(ranks, dim);
   }
-  return out;
+  for (int64_t e = 0; e < count; e++) parts[e] = parts[e].to(adapters[e].scalar_type()).contiguous();
+  return parts;
 }
 
 }  // namespace fastlora::cpu

@@ -16,7 +16,7 @@ class _Switch(threading.local):
     def __init__(self):
         # in the instance from the start: Dynamo's guard on an attribute of the class would miss the first block.
         # `off` holds the layers' ids, as of a set of modules Dynamo guards the length alone.
-        # `tasks` holds (owner, names, gates), the innermost block's first; `row_ranks` the ranks by a layer's id.
+        # `tasks` holds (owner, keys, gates), the innermost block's first; `row_ranks` the ranks by a layer's id.
         # `apart` says that some layers are off or ranked by row, so that others ask no further
         self.off, self.tasks, self.row_ranks, self.restored, self.apart = frozenset(), (), {}, False, False
 
@@ -41,16 +41,16 @@ def turned_off(layers):
     return _set(off, switch.tasks, switch.row_ranks, switch.restored)
 
 
-def selected(owner, names, gates=None):
+def selected(owner, keys, gates=None):
     """Context manager: in this thread, `owner`'s layers run these tasks, with gates (E,), (batch, E) or None."""
-    return _set(switch.off, ((owner, names, gates), *switch.tasks), switch.row_ranks, switch.restored)
+    return _set(switch.off, ((owner, keys, gates), *switch.tasks), switch.row_ranks, switch.restored)
 
 
 def selection(owner):
-    """(names, gates) of the tasks that this thread runs in `owner`'s layers; ((), None) for none."""
-    for key, names, gates in switch.tasks:
-        if key is owner:
-            return names, gates
+    """(keys, gates) of the tasks that this thread runs in `owner`'s layers; ((), None) for none."""
+    for its, keys, gates in switch.tasks:
+        if its is owner:
+            return keys, gates
     return (), None
 
 

@@ -133,19 +133,20 @@ class Model(nn.Module):
         return selected(self.owner, *self._choose(tasks))
 
     def _choose(self, tasks):
-        """(names, gates) of a choice: gates (E,), (batch, E), or None where every weight is 1."""
+        """(keys, gates) of a choice: gates (E,), (batch, E), or None where every weight is 1."""
         rows = not isinstance(tasks, (str, dict)) and tasks is not None and not all(isinstance(t, str) for t in tasks)
         weights = [_weights(row) for row in tasks] if rows else [_weights(tasks)]
         chosen = tuple({name: None for row in weights for name in row})
         self._known(*chosen)
+        keys = tuple(map(escape, chosen))
         if not rows and all(isinstance(w, int) and w == 1 for w in weights[0].values()) or not chosen:
-            return chosen, None
+            return keys, None
         device = next(self.parameters()).device
         listed = [row.get(name, 0) for row in weights for name in chosen]
         learned = any(isinstance(w, torch.Tensor) for w in listed)
         gates = torch.stack([torch.as_tensor(w, dtype=torch.float32) for w in listed]) if learned else torch.tensor(
             listed, dtype=torch.float32)  # fmt: skip
-        return chosen, gates.to(device).view(*((len(weights),) if rows else ()), len(chosen))
+        return keys, gates.to(device).view(*((len(weights),) if rows else ()), len(chosen))
 
     def forward(self, *inputs, task=None, tasks=None, **kwargs):
         """The model's forward with a task, with several, or with what the thread's `task` block has chosen."""
@@ -195,11 +196,11 @@ class Model(nn.Module):
 
     def merge_and_export(self, tasks=None):
         """A plain copy of the wrapped model with W + Σ gate · ΔW of these tasks, or of those chosen in this thread."""
-        names, gates = selection(self.owner) if tasks is None else self._choose(tasks)
+        keys, gates = selection(self.owner) if tasks is None else self._choose(tasks)
         banks = all(isinstance(layer, Bank) for layer in self.lora_layers())
         check.value(banks, "model", "a module of a user's type with tasks", "layers whose weights can be merged")
         plain = copy.deepcopy(self)
-        with selected(plain.owner, names, gates):
+        with selected(plain.owner, keys, gates):
             return make_plain(plain.model, merged=True)
 
 
