@@ -17,7 +17,7 @@ from fastlora.model import adapt, lora_layers
 from fastlora.nn.convert import factor_shapes, kind_of
 from fastlora.nn.fastpath import holds_adapters
 from fastlora.nn.layer import LoRALayer
-from fastlora.nn.names import PEFT_OUT, base_name, from_any_name, read, write
+from fastlora.nn.names import PEFT_OUT, base_name, from_any_name, put, read, write
 from fastlora.ops import check
 
 # what PEFT's config may say without changing the layer's formula; any other field that is set is refused
@@ -150,7 +150,9 @@ def load_adapter(model, folder, dtype=None):
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     _check_config(config)
     stored = load_file(folder / "adapter_model.safetensors")
-    tensors = {from_any_name(key): tensor for key, tensor in stored.items()}
+    tensors = {}
+    for key, tensor in stored.items():
+        put(tensors, from_any_name(key), tensor)
     plan = _plan(model, config, tensors)
     base = _check_base_tensors(model, config, tensors)
     if not any(isinstance(module, LoRALayer) for module in model.modules()):
@@ -208,6 +210,7 @@ def _plan(model, config, tensors):
         for name in sorted({name.rpartition(".")[0] for name in ours}):
             A, B = (ours.get(join(name, key)) for key in ("lora_A", "lora_B"))
             stored, r = (0 if t is None else len(t) for t in (entries.get("lora_A"), A))
+            check.value(stored, path, "no adapter but out_proj's, which PEFT never runs", "one of q, k and v")
             r //= max(sum(module.enable_lora), 1) if kind.kind == "merged" else 1
             got, expected = (_shape(A), _shape(B)), _shapes(module, kind, r)
             fits = r and got == expected

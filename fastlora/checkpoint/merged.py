@@ -25,7 +25,7 @@ def unmerged(layers, tensors, base):
             fits = got.shape == want.shape
             check.value(fits, "base", f"{name} of shape {tuple(want.shape)}", tuple(got.shape))
             update, size = _update(layer, want, parts, adapters)
-            eps = max(torch.finfo(t.dtype).eps for pair in adapters if pair for t in (got, *pair))
+            eps = max(torch.finfo(t.dtype).eps for pair in adapters if pair for t in (got, want, *pair))
             room = max(4 * eps, 2**-17) * (want.double().abs() + size)
             apart = got.double() - want.double()
             same = (apart.abs() <= room).all() or ((apart - update).abs() <= room).all()

@@ -8,7 +8,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from fastlora.checkpoint.merged import unmerged
 from fastlora.model import lora_layers
 from fastlora.nn.fastpath import holds_adapters
-from fastlora.nn.names import DIALECTS, base_name, from_any_name, read, write
+from fastlora.nn.names import DIALECTS, base_name, from_any_name, put, read, write
 from fastlora.ops import check
 
 # PEFT's names are those of a folder, with its config: save_adapter
@@ -73,14 +73,15 @@ def rename(model, state_dict):
     layers, own, groups = holders(model), model.state_dict(keep_vars=True).keys(), {}
     for key, tensor in state_dict.items():
         path, rest = owner(layers, key if key in own else key.removeprefix("base_model.model."))
-        groups.setdefault(path, {})[key if path is None else rest] = tensor
+        put(groups.setdefault(path, {}), key if path is None else rest, tensor)
     found = {}
     for name, tensor in groups.pop(None, {}).items():
         names = name, from_any_name(name), re.sub(r"(^|\.)module\.(\w+)$", r"\1\2", name)
-        found[next((plain for plain in names if plain in own), name)] = tensor
+        put(found, next((plain for plain in names if plain in own), name), tensor)
     for path, entries in groups.items():
         ours = read(layers[path], entries, where=path and f"{path}.")
-        found.update((join(path, name), tensor) for name, tensor in ours.items())
+        for name, tensor in ours.items():
+            put(found, join(path, name), tensor)
     return found
 
 

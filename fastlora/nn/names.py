@@ -70,7 +70,7 @@ def read(layer, entries, kind=None, where=""):
     for name, tensor in entries.items():
         plain = from_any_name(name)
         plain = re.sub(r"^(module|conv)\.(?=\w+$)" if kind == "conv" else r"^module\.(?=\w+$)", "", plain)
-        _put(found, plain, tensor, where)
+        put(found, plain, tensor, where)
     if hasattr(layer, "tasks"):
         return found
     if kind == "attention":
@@ -82,13 +82,14 @@ def read(layer, entries, kind=None, where=""):
         pair = from_tasks(kind, found.pop(A, None), found.pop(B, None))
         for name, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
             if tensor is not None:
-                _put(found, name, tensor.contiguous(), where)
+                put(found, name, tensor.contiguous(), where)
     if kind == "merged" and {"lora_A", "lora_B"} <= found.keys():
         found["lora_B"] = _packed(layer, found["lora_A"], found["lora_B"], where)
     return found
 
 
-def _put(found, name, tensor, where):
+def put(found, name, tensor, where=""):
+    """found[name] = tensor; ValueError if another value is there."""
     other = found.get(name, tensor)
     same = other is tensor or other.dtype == tensor.dtype and torch.equal(other, tensor)
     check.value(same, where + name, "two names with different values", "one value")
@@ -132,8 +133,8 @@ def _read_attention(layer, found, where):
         if letter in enabled or A.any() and B.any():
             A, B = (A[:rank], B[:, :rank]) if _fits(A, B, rank) else (A, B)
             # clones: load_state_dict(assign=True) keeps what it is given, and q, k, v are no longer tied here
-            _put(found, f"lora_{letter}.lora_A", A.clone(memory_format=torch.contiguous_format), where)
-            _put(found, f"lora_{letter}.lora_B", B.clone(memory_format=torch.contiguous_format), where)
+            put(found, f"lora_{letter}.lora_A", A.clone(memory_format=torch.contiguous_format), where)
+            put(found, f"lora_{letter}.lora_B", B.clone(memory_format=torch.contiguous_format), where)
     return found
 
 

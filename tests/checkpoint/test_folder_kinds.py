@@ -211,3 +211,20 @@ def test_how_often_peft_adds_an_output_projection(version, factor, tmp_path, rec
     loaded = load_adapter(base, tmp_path)
     assert torch.equal(loaded.attn.lora_o.lora_B, factor * stored[:, :2])
     assert any("taken once from PEFT 0.22.1" in str(w.message) for w in recwarn) == (factor == 1)
+
+
+def test_two_adapters_of_one_output_projection_and_one_alone_are_refused(tmp_path):
+    """PEFT makes both from target_modules=["attn", "out_proj"], under names that differ in `base_layer` alone."""
+    peft = pytest.importorskip("peft")
+    both, alone = "two names with different values", "no adapter but out_proj's"
+    for targets, message in ((["attn", "out_proj"], both), (["out_proj"], alone)):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+        theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=targets))
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter)
+        theirs.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            fastlora.load_adapter(model, tmp_path)
+        assert type(model["attn"]) is nn.MultiheadAttention
