@@ -120,8 +120,9 @@ def merge(model, in_place=False):
     second copy, no way back. Returns the model. Raises ValueError for a layer that has no dense weight.
     """
     layers = lora_layers(model)
-    for name, layer in layers.items():
-        layer.check_merge(name or "model")
+    for name, module in model.named_modules():
+        if holds_adapters(module):
+            module.check_merge(name or "model")
     if not in_place:
         for layer in layers.values():
             layer.merged = True

@@ -68,6 +68,11 @@ class AttentionLoRA:
         owners = {"out_proj.bias" if name == "o" else "in_proj_bias" for name in self.projections()}
         return {name: p for name, p in self.named_parameters() if name in owners}
 
+    def check_merge(self, name):
+        """Raise ValueError where a weight is no parameter (pruned, say), so that no W + ΔW can take its place."""
+        dense = all(key in owner._parameters for owner, key, _ in map(self._place, self.projections()))
+        check.value(dense, name, f"a {type(self).__name__}, which has no dense weight", "a layer to merge into")
+
     @torch.no_grad()
     def merge_projections(self):
         """Put W + ΔW into new parameters: the end of a merge in place."""

@@ -155,6 +155,18 @@ def test_what_torch_refuses_is_refused_by_name(error, message, changed):
         nn.MultiheadAttention(8, 2)(**given)
 
 
+def test_a_pruned_layer_runs_but_does_not_merge():
+    base = nn.MultiheadAttention(8, 2)
+    nn.utils.prune.l1_unstructured(base, "in_proj_weight", 0.5)
+    x = torch.randn(3, 4, 8)
+    want = base(x, x, x)
+    model = lora.inject(nn.Sequential(nn.Linear(8, 8), base), r=2)
+    torch.testing.assert_close(model[1](x, x, x), want)
+    with pytest.raises(ValueError, match="1: got a LoRAMultiheadAttention, which has no dense weight"):
+        lora.merge(model, in_place=True)
+    assert isinstance(model[0], lora.LoRALayer) and model[1].projections()
+
+
 @pytest.mark.parametrize("bad", [None, "qv", [["q"]], [1], {"q": True}])
 def test_bad_projections(bad):
     with pytest.raises(ValueError, match="enable_lora: got .*expected a list of 'q', 'k', 'v', 'o'"):
