@@ -156,3 +156,11 @@ def test_behaviour_05_fan_in_fan_out_transposes_w_alone(name):
     assert ours.weight.shape == (10, 12) and torch.equal(ours.weight, theirs.weight)
     assert torch.equal(ours.weight.T, plain.weight)
     assert torch.equal(ours.lora_A, plain.lora_A) and ours.lora_B.shape == plain.lora_B.shape
+
+
+def test_a_rank_in_force_takes_the_first_rows_of_each_part():
+    _, layer = pair([True, False, True])
+    layer.use_rank(1)
+    x, (A, B) = torch.randn(5, 10), (layer.lora_A, layer.lora_B)
+    update = torch.cat([x @ A[:1].T @ B[:4, :1].T, torch.zeros(5, 4), x @ A[2:3].T @ B[4:, :1].T], 1)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias) + 6 * update)
