@@ -80,6 +80,24 @@ def test_peft_form_is_a_convolution_down_and_one_up(n):
     torch.testing.assert_close(made(x), base + 3.0 * up(down(x)))
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_modes_hold_for_the_adapter_too(form, padding_mode):
+    """Beside the weight, where the adapter is a convolution of its own: in PEFT's form, and with dropout."""
+    made, x = layer(2, form=form, padding=(1, 2), padding_mode=padding_mode, lora_dropout=1e-6), image(2)
+    options = {"padding": (1, 2), "padding_mode": padding_mode, "bias": False}
+    down, up, base = nn.Conv2d(4, 2, 3, **options), nn.Conv2d(2, 6, 1, bias=False), nn.Conv2d(4, 6, 3, **options)
+    base.weight = made.weight
+    if form == "peft":
+        down.weight, up.weight = made.lora_A, made.lora_B
+        update = up(down(x))
+    else:
+        update = copy.deepcopy(base).requires_grad_(False)
+        update.weight.copy_((made.lora_B @ made.lora_A).view(6, 4, 3, 3))
+        update = update(x)
+    torch.testing.assert_close(made(x), base(x) + made.bias[:, None, None] + 3.0 * update, rtol=1e-4, atol=1e-4)
+
+
 def test_peft_form_equals_peft():
     peft = pytest.importorskip("peft")
     for groups in (1, 2):
