@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fastlora as lora
 
@@ -157,7 +158,7 @@ def test_what_torch_refuses_is_refused_by_name(error, message, changed):
 
 def test_a_pruned_layer_runs_but_does_not_merge():
     base = nn.MultiheadAttention(8, 2)
-    nn.utils.prune.l1_unstructured(base, "in_proj_weight", 0.5)
+    prune.l1_unstructured(base, "in_proj_weight", 0.5)
     x = torch.randn(3, 4, 8)
     want = base(x, x, x)
     model = lora.inject(nn.Sequential(nn.Linear(8, 8), base), r=2)
