@@ -1,5 +1,6 @@
 #include "gate.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
@@ -51,6 +52,17 @@ Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef rank
   Gate gate;
   if (!gates && scaling.dim() == 0 && scaling.is_cpu()) {
     gate.scalar = scaling.item<double>();
+    return gate;
+  }
+  if (!gates && !ranks.empty() && like.is_cpu()) {
+    // one number for each adapter: the calls below would cost more than what they compute
+    const auto each = scaling.to(dtype).contiguous();
+    gate.rows = at::empty({R}, each.options());
+    AT_DISPATCH_FLOATING_TYPES(dtype, "gate", [&] {
+      const auto* from = each.const_data_ptr<scalar_t>();
+      auto* to = gate.rows.data_ptr<scalar_t>();
+      for (auto r : ranks) to = std::fill_n(to, r, *from++);
+    });
     return gate;
   }
   auto g = scaling.to(like.device(), dtype);

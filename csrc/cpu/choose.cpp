@@ -107,7 +107,7 @@ Form choose(const Shape& s, const Cpu& cpu) {
 int64_t scratch_bytes(const Gemm& p) {
   int64_t factors = p.R * (kGroup + kRows + kTileRows) * 4, tiles = 16 * (p.R + kSteps + 16 + 2 * kGroup) * 4;
   int64_t w = (kSteps + 2) * kGroup * 4, sums = kRows * kGroup * 4, direct = 4 * (p.R + p.K + 1024 + kGroup + 64) * 4;
-  int64_t padded = p.R + 16 * p.adapters;
+  int64_t padded = p.R + 16;
   int64_t dot = kDotRows * (padded + p.R + 2 * 8 * 16) * 4 + 8 * padded * 4 + (p.a ? p.R * (p.K + 32) * 2 : 0);
   return factors + tiles + w + sums + direct + dot + 4096;
 }

@@ -69,8 +69,8 @@ struct Shrink {
   float* z;
 };
 
-// One read of dy: t = dy b, db = (z g)T dy, dbias = sum dy. Slice s of the rows leaves its sums of db and dbias in its own
-// buffer; they are added in the order of s. Null: not wanted.
+// One read of dy: t = dy b, db = (z g)T dy for each adapter, dbias = sum dy. Slice s of the rows leaves its sums of db and
+// dbias in its own part of their buffers; they are added in the order of s. Null: not wanted.
 struct Reduce {
   Type type;
   int64_t M, N, R;
@@ -80,12 +80,12 @@ struct Reduce {
   const Factor* b;
   const float* z;
   Gates g;
-  float* t;       // [M, R]
-  float* db;      // [slices, N, R]
-  float* dbias;   // [slices, N]
+  float* t;             // [M, R]
+  float* const* db;     // of each adapter [slices, N, rank]
+  float* dbias;         // [slices, N]
 };
 
-// da[r, k] = sum_m t[m, r] g[m, r] D(x)[m, k]
+// da[r, k] = sum_m t[m, r] g[m, r] D(x)[m, k], for each adapter
 struct Outer {
   Type type;
   int64_t M, K, R;
@@ -94,7 +94,9 @@ struct Outer {
   const void* x;
   int64_t ldx;
   Mask mask;
-  float* da;
+  int adapters;
+  const Factor* a;
+  float* const* da;     // of each adapter [rank, K]
 };
 
 enum Form { kDot, kDirect, kPacked, kVendor };

@@ -38,12 +38,12 @@ ExpandBackward expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
   const int64_t start = columns.empty() ? 0 : columns[0], stop = columns.empty() ? rows.n : columns[1];
   Reduce p{type_of(dy), rows.M, stop - start, R, static_cast<const char*>(rows.data) + start * dy.element_size(), rows.ld,
            static_cast<int>(b.list.size()), b.list.data(), z_rows.const_data_ptr<float>(), gates_of(gate)};
-  const auto sums = run(p, dy, need_B, false);
+  auto sums = run(p, dy, need_B ? lora_B : TensorList(), false);
   auto dz = nothing(z), dscaling = nothing(z), dgates = nothing(z);
   if (need_z) dz = gate.times(sums.t).to(z.scalar_type()).view(z.sizes());
   if (need_scaling || need_gates)
     std::tie(dscaling, dgates) = gate_backward(sums.t * z_rows, scaling, gates, ranks, dy, need_scaling, need_gates);
-  return {dz, need_B ? split_gradient(sums.db, lora_B, 1) : Tensors{}, dscaling, dgates};
+  return {dz, std::move(sums.db), dscaling, dgates};
 }
 
 }  // namespace fastlora::cpu

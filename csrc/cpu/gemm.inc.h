@@ -11,45 +11,35 @@ INLINE float gate(const Gates& g, int64_t m, int64_t r) { return g.rows ? g.rows
 
 // dot form
 
-// The update of a tile: z g and b in fp32, every adapter's rank padded with zeros to whole vectors.
+// The update of a tile: z g and b in fp32, their rows padded with zeros to whole vectors.
 template <class T>
 struct Update {
   const Gemm& p;
   int64_t m0, width;
   float *zg, *b;
 
-  Update(const Gemm& p, Scratch& s) : p(p), m0(0), width(0) {
-    for (int e = 0; e < p.adapters; e++) width += round_up(p.f[e].rank, VL);
+  Update(const Gemm& p, Scratch& s) : p(p), m0(0), width(round_up(p.R, VL)) {
     zg = s.take<float>(kDotRows * width);
-    b = s.take<float>(8 * width);
+    b = s.take<float>(8 * width + VL);
+    for (int64_t i = 0; i < 8 * width; i += VL) store(b + i, vf{});
   }
   void rows(int64_t from, int64_t count, const float* z) {   // z of row `from` first
     m0 = from;
-    for (int64_t m = 0; m < count; m++) {
-      float* out = zg + m * width;
-      int64_t r = 0;
-      for (int e = 0; e < p.adapters; e++) {
-        int64_t end = r + p.f[e].rank, padded = round_up(p.f[e].rank, VL);
-        for (int64_t v = 0; v < padded; v += VL) store(out + v, vf{});
-        for (float* o = out; r < end; r++) *o++ = z[m * p.R + r] * gate(p.g, from + m, r);
-        out += padded;
-      }
-    }
+    for (int64_t m = 0; m < count; m++)
+      for (int64_t r = 0; r < width; r++) zg[m * width + r] = r < p.R ? z[m * p.R + r] * gate(p.g, from + m, r) : 0;
   }
   template <int NR>
   INLINE void start(int64_t n) const {
-    float* out = b;
-    for (int j = 0; j < NR; j++)
-      for (int e = 0; e < p.adapters; e++) {
+    for (int j = 0; j < NR; j++) {
+      float* out = b + j * width;
+      for (int e = 0; e < p.adapters; out += p.f[e++].rank) {
         const Factor& f = p.f[e];
-        for (int64_t r = 0; r < f.rank; r += VL, out += VL) {
-          if (f.along_rank) {
-            store(out, factor_part<T>(f, (n + j) * f.ld + r, f.rank - r));
-          } else {
-            for (int64_t i = 0; i < VL; i++) out[i] = i + r < f.rank ? factor_part<T>(f, (r + i) * f.ld + n + j, 1)[0] : 0;
-          }
-        }
+        // whole vectors: the next adapter, or row, overwrites the zeros beyond the rank
+        for (int64_t r = 0; f.along_rank && r < f.rank; r += VL)
+          store(out + r, factor_part<T>(f, (n + j) * f.ld + r, f.rank - r));
+        for (int64_t r = 0; !f.along_rank && r < f.rank; r++) out[r] = factor_part<T>(f, r * f.ld + n + j, 1)[0];
       }
+    }
   }
   template <int MR, int NR>
   INLINE void operator()(int64_t m, int64_t n, vf (&acc)[MR][NR]) const {

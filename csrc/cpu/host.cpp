@@ -54,6 +54,26 @@ void run_grid(const Gemm& p, Form form, int threads) {
   });
 }
 
+// One fp32 buffer for each adapter's gradient: outputs of an op share no memory.
+struct Sums {
+  Sums(TensorList adapters, int64_t slices) {
+    for (const auto& t : adapters) {
+      tensors.push_back(make(slices == 1 ? t.sizes() : IntArrayRef{slices, t.size(0), t.size(1)}, t, at::kFloat));
+      data.push_back(tensors.back().data_ptr<float>());
+    }
+  }
+  // the slices' sums, in the adapters' dtypes
+  Tensors gradients(TensorList adapters, int64_t slices) {
+    for (size_t e = 0; e < tensors.size(); e++) {
+      if (slices > 1) tensors[e] = tensors[e].sum(0);
+      if (adapters[e].scalar_type() != at::kFloat) tensors[e] = tensors[e].to(adapters[e].scalar_type());
+    }
+    return std::move(tensors);
+  }
+  Tensors tensors;
+  c10::SmallVector<float*, 2> data;
+};
+
 }  // namespace
 
 Type type_of(const Tensor& t) {
@@ -159,54 +179,36 @@ void run_dropout(const Rows& x, const Tensor& y, const Mask& mask) {
   });
 }
 
-Reduced run(Reduce p, const Tensor& like, bool want_db, bool want_dbias) {
+Reduced run(Reduce p, const Tensor& like, TensorList lora_B, bool want_dbias) {
   const auto* table = cpu().table[p.type];
   const int64_t threads = threads_for(p.M * p.N * p.R * 2), chunk = chunk_of(p.M, threads, 16);
   const int64_t slices = divide_up(p.M, chunk), bytes = scratch_bytes(p, chunk);
   Reduced out;
-  const auto sums = [&](bool want, int64_t n, float*& to) {
-    const auto t = want ? make({slices, n}, like, at::kFloat) : Tensor();
-    to = want ? t.data_ptr<float>() : nullptr;
-    return t;
-  };
   out.t = make({p.M, p.R}, like, at::kFloat);
   p.t = out.t.data_ptr<float>();
-  out.db = sums(want_db, p.N * p.R, p.db);
-  out.dbias = sums(want_dbias, p.N, p.dbias);
+  Sums db(lora_B, slices);
+  p.db = lora_B.empty() ? nullptr : db.data.data();
+  if (want_dbias) {
+    out.dbias = make({slices, p.N}, like, at::kFloat);
+    p.dbias = out.dbias.data_ptr<float>();
+  }
   parallel(slices, [&](int64_t s) {
     table->reduce(p, s * chunk, std::min(p.M, (s + 1) * chunk), s, scratch(bytes));
   });
-  const auto add_up = [&](const Tensor& t, IntArrayRef sizes) {
-    if (!t.defined()) return t;
-    return slices == 1 ? t.view(sizes) : t.sum(0).view(sizes);
-  };
-  out.db = add_up(out.db, {p.N, p.R});
-  out.dbias = add_up(out.dbias, {p.N});
+  out.db = db.gradients(lora_B, slices);
+  if (want_dbias) out.dbias = slices == 1 ? out.dbias.view({p.N}) : out.dbias.sum(0);
   return out;
 }
 
-void run(const Outer& p) {
+Tensors run(Outer p, TensorList lora_A) {
   const auto* table = cpu().table[p.type];
   const int64_t chunk = chunk_of(p.K, threads_for(p.M * p.K * p.R), table->tile_columns), bytes = scratch_bytes(p);
+  Sums da(lora_A, 1);
+  p.da = da.data.data();
   parallel(divide_up(p.K, chunk), [&](int64_t t) {
     table->outer(p, t * chunk, std::min(p.K, (t + 1) * chunk), scratch(bytes));
   });
-}
-
-Tensors split_gradient(const Tensor& sums, TensorList adapters, int64_t dim) {
-  if (adapters.empty()) return {};
-  std::vector<int64_t> ranks;
-  for (const auto& t : adapters) ranks.push_back(t.size(dim));
-  const auto count = static_cast<int64_t>(ranks.size());
-  Tensors parts{sums};
-  if (count > 1 && dim == 1 && std::all_of(ranks.begin(), ranks.end(), [&](auto r) { return r && r == ranks[0]; })) {
-    // one copy, whatever the number of adapters
-    parts = sums.view({sums.size(0), count, ranks[0]}).transpose(0, 1).contiguous().unbind(0);
-  } else if (count > 1) {
-    parts = sums.split_with_sizes(ranks, dim);
-  }
-  for (int64_t e = 0; e < count; e++) parts[e] = parts[e].to(adapters[e].scalar_type()).contiguous();
-  return parts;
+  return da.gradients(lora_A, 1);
 }
 
 }  // namespace fastlora::cpu

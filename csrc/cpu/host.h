@@ -40,14 +40,13 @@ void run(Gemm p, const Tensor& x, const Tensor& w, Tensor out);
 void run_update(const Gemm& p);   // without a base: y = add + D((z g) f)
 void run(const Shrink& p);
 void run_dropout(const Rows& x, const Tensor& y, const Mask& mask);
-void run(const Outer& p);
-// Sets p.t, p.db and p.dbias for what is wanted and runs it; t [M, R], db [N, R] and dbias [N] in fp32.
+// Sets p.da and runs it: lora_A's gradients.
+Tensors run(Outer p, TensorList lora_A);
+// Sets p.t, p.db and p.dbias for what is wanted and runs it: t [M, R] and dbias [N] in fp32, lora_B's gradients.
 struct Reduced {
-  Tensor t, db, dbias;
+  Tensor t, dbias;
+  Tensors db;
 };
-Reduced run(Reduce p, const Tensor& like, bool want_db, bool want_dbias);
-
-// fp32 sums [R, K] (dim 0) or [N, R] (dim 1) as one gradient per adapter, in its dtype
-Tensors split_gradient(const Tensor& sums, TensorList adapters, int64_t dim);
+Reduced run(Reduce p, const Tensor& like, TensorList lora_B, bool want_dbias);
 
 }  // namespace fastlora::cpu

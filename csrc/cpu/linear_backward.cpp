@@ -36,7 +36,7 @@ LinearBackward linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
   // one fresh tensor each: outputs of an op must not alias
   auto dx = nothing(x), dweight = nothing(x), dscaling = nothing(x), dbias = nothing(x), dgates = nothing(x),
        dcolumn = nothing(x);
-  Tensors dA, dB;
+  Tensors dA;
   // DoRA: dy meets its columns' scale first; bias and scale have sums of their own
   const auto dv = column_scale ? (dy.to(at::kFloat) * column_scale->to(at::kFloat)).to(x.scalar_type()) : dy;
   const Rows rows(dv), x_rows(x);
@@ -49,27 +49,23 @@ LinearBackward linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
   const bool need_gate = need_scaling || need_gates, bias_here = need_bias && !column_scale;
 
   Reduced sums;
-  if ((R && (need_x || need_A || need_B || need_gate)) || bias_here) {
+  if ((R && (need_x || need_A || need_gate)) || need_B || bias_here) {
     Reduce p{type_of(x), rows.M, rows.n, R, rows.data, rows.ld, static_cast<int>(b.list.size()), b.list.data(),
              z_rows.const_data_ptr<float>(), g};
-    sums = run(p, x, need_B, bias_here);
+    sums = run(p, x, need_B ? lora_B : TensorList(), bias_here);
   }
   if (need_x) dx = gradient_of_x(rows, x, weight, a, R ? sums.t : Tensor(), g, mask);
   if (need_weight) dweight = at::mm(flat(dv).t(), flat(x));
-  if (need_A) {
-    auto da = make({R, x_rows.n}, x, at::kFloat);
-    run(Outer{type_of(x), x_rows.M, x_rows.n, R, R ? sums.t.const_data_ptr<float>() : nullptr, g, x_rows.data, x_rows.ld,
-              mask, da.data_ptr<float>()});
-    dA = split_gradient(da, lora_A, 0);
-  }
-  if (need_B) dB = split_gradient(R ? sums.db : make({rows.n, 0}, x, at::kFloat), lora_B, 1);
+  if (need_A)
+    dA = run(Outer{type_of(x), x_rows.M, x_rows.n, R, R ? sums.t.const_data_ptr<float>() : nullptr, g, x_rows.data,
+                   x_rows.ld, mask, static_cast<int>(a.list.size()), a.list.data()}, lora_A);
   if (need_gate)
     std::tie(dscaling, dgates) =
         gate_backward((R ? sums.t : make({rows.M, 0}, x, at::kFloat)) * z_rows.view({rows.M, R}), scaling, gates, ranks, x,
                       need_scaling, need_gates);
   if (need_bias) dbias = bias_here ? sums.dbias.to(x.scalar_type()) : flat(dy).sum(0);
   if (need_column) dcolumn = (flat(dy).to(at::kFloat) * flat(u)).sum(0).to(column_scale->scalar_type());
-  return {dx, dweight, dA, dB, dscaling, dbias, dgates, dcolumn};
+  return {dx, dweight, dA, std::move(sums.db), dscaling, dbias, dgates, dcolumn};
 }
 
 }  // namespace fastlora::cpu

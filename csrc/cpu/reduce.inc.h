@@ -43,8 +43,8 @@ struct Reducing {
     int64_t rows = m1 - m0;
     t = s.take<float>(rows * R);
     zg = s.take<float>(rows * R);
-    b = s.take<float>(kColumns * R);
-    db = s.take<float>(kColumns * R);
+    b = s.take<float>(kColumns * R + VL);
+    db = s.take<float>(kColumns * R + VL);
     d = s.take<float>(kReduceRows * kColumns);
     dbias = s.take<float>(kColumns);
     recent = s.take<float>(kColumns);
@@ -57,11 +57,10 @@ struct Reducing {
     for (int64_t i = 0; i < kColumns; i += VL) store(dbias + i, vf{}), store(recent + i, vf{});
     for (int64_t j = 0; j < columns; j++) {
       float* out = b + j * R;
-      for (int e = 0; e < p.adapters; e++) {
+      for (int e = 0; e < p.adapters; out += p.b[e++].rank) {
         const Factor& f = p.b[e];
-        for (int64_t r = 0; r < f.rank; r += VL)
-          store_upto(out + r, factor_part<T>(f, (n + j) * f.ld + r, f.rank - r), f.rank - r);
-        out += f.rank;
+        // whole vectors: the next adapter overwrites the zeros beyond the rank
+        for (int64_t r = 0; r < f.rank; r += VL) store(out + r, factor_part<T>(f, (n + j) * f.ld + r, f.rank - r));
       }
     }
   }
@@ -86,8 +85,14 @@ struct Reducing {
     p.db ? reduce_tile<MR, true>(d, b, db, z, to, R, columns) : reduce_tile<MR, false>(d, b, db, z, to, R, columns);
   }
   void finish(int64_t n, int64_t columns, int64_t slice) {
-    for (int64_t j = 0; p.db && j < columns; j++)
-      __builtin_memcpy(p.db + ((slice * p.N + n + j) * p.R), db + j * R, p.R * sizeof(float));
+    const float* from = db;
+    for (int e = 0; p.db && e < p.adapters; from += p.b[e++].rank) {
+      int64_t rank = p.b[e].rank;
+      float* to = p.db[e] + (slice * p.N + n) * rank;
+      // whole vectors, but for the last: the next row overwrites what is beyond the rank
+      for (int64_t j = 0; j < columns; j++, to += rank)
+        for (int64_t r = 0; r < rank; r += VL) store_upto(to + r, load(from + j * R + r), (columns - j) * rank - r);
+    }
     if (p.dbias) __builtin_memcpy(p.dbias + slice * p.N + n, dbias, columns * sizeof(float));
   }
 };
@@ -143,6 +148,9 @@ void outer_columns(const Outer& p, int64_t k0, int64_t k1, Scratch s) {
           }
         }
     }
-    for (int64_t r = 0; r < p.R; r++) __builtin_memcpy(p.da + r * p.K + k, sums + r * kGroup, columns * sizeof(float));
+    const float* from = sums;
+    for (int e = 0; e < p.adapters; e++)
+      for (int64_t r = 0; r < p.a[e].rank; r++, from += kGroup)
+        __builtin_memcpy(p.da[e] + r * p.K + k, from, columns * sizeof(float));
   }
 }

@@ -39,11 +39,9 @@ ShrinkBackward shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS) {
     p.y = dx.mutable_data_ptr(), p.ldy = p.N;
     run_update(p);
   }
-  if (needs[1]) {
-    auto da = make({R, rows.n}, x, at::kFloat);
-    run(Outer{type_of(x), rows.M, rows.n, R, t.const_data_ptr<float>(), one, rows.data, rows.ld, mask, da.data_ptr<float>()});
-    dA = split_gradient(da, lora_A, 0);
-  }
+  if (needs[1])
+    dA = run(Outer{type_of(x), rows.M, rows.n, R, t.const_data_ptr<float>(), one, rows.data, rows.ld, mask,
+                   static_cast<int>(a.list.size()), a.list.data()}, lora_A);
   return {dx, dA};
 }
 

@@ -261,6 +261,17 @@ def test_no_view_of_an_input(backend):
         assert result.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in (x, w, y)}
 
 
+@pytest.mark.parametrize("rows", [1, 300])
+def test_no_gradient_is_a_view_of_another(backend, rows):
+    x, y, w = torch.randn(rows, 40), torch.randn(rows, 50), torch.randn(50, 40)
+    A = [torch.randn(r, 40, requires_grad=True) for r in (4, 4, 3)]
+    B = [torch.randn(50, r, requires_grad=True) for r in (4, 4, 3)]
+    z = lora_shrink(x, A)
+    for result, leaves in ((lora_linear(x, w, A, B), A + B), (z, A), (lora_expand(y, z.detach(), B), B)):
+        grads = torch.autograd.grad(result.sum(), leaves)
+        assert len({g.untyped_storage().data_ptr() for g in grads}) == len(leaves)
+
+
 def test_back_ends_agree_on_meta_and_fake():
     with torch.device("meta"):
         x, w, a, b = draw()

@@ -51,6 +51,8 @@ CASES = [
     Case((300, 300), 260, ranks=(16,), bias=True),
     Case((33, 200), 70, masters=True, bias=True, scaling="tensor"),
     Case((3, 130), 61, ranks=(5, 3), masters=True, p=0.2, gates=(3, 2)),
+    Case((300, 130), 150, ranks=(8, 8, 8, 20, 0, 3), masters=True, scaling="vector"),
+    Case((1, 64), 70, ranks=(8, 8, 8, 17, 1), bias=True, layout="transposed"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAMES = ("x", "weight", "lora_A", "lora_B", "scaling", "bias", "gates", "column_scale")
