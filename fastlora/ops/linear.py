@@ -79,7 +79,9 @@ def lora_linear_backward_reference(
     dv = dy if column_scale is None else dy * column_scale.to(z.dtype)
     half = [need_x or need_A, need_B, need_scaling, need_gates]
     dz, dB, dscaling, dgates = lora_expand_backward_reference(dv, z, lora_B, scaling, gates, ranks, (), half)
-    dx, dA = lora_shrink_backward_reference(dz, x.to(z.dtype), lora_A, dropout_p, seed, [need_x, need_A])
+    dx, dA = x.new_empty(0), []
+    if need_x or need_A:
+        dx, dA = lora_shrink_backward_reference(dz, x.to(z.dtype), lora_A, dropout_p, seed, [need_x, need_A])
     if need_x:
         dx = (dx + (dv.to(x.dtype) @ weight).to(z.dtype)).to(x.dtype).contiguous()
     dweight = (flat(dv).T @ flat(x).to(z.dtype)).to(weight.dtype) if need_weight else x.new_empty(0)

@@ -153,3 +153,16 @@ def test_values_and_gradients(backend, case, dtype):
     for name, t, g, e, p in zip(names, leaves(given), found, exact, plain_grads, strict=True):
         assert g.dtype == t.dtype, f"{name}: gradient in {g.dtype}"
         assert_accurate(g, e, p, f"d{name}")
+
+
+@pytest.mark.parametrize("ranks", [(3, 2), (0, 4)])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_gradient_alone(backend, name, ranks):
+    case = Case((5, 30), 20, ranks=ranks, gates=(5, 2), scaling="tensor", bias=True, column=True)
+    given = draw(case, torch.float32)
+    only, y = leaves({name: given[name]}), run(given, case, None)
+    every = dict(zip(map(id, leaves(given)), gradients(y, torch.ones_like(y), given), strict=True))
+    for t in leaves(given):
+        t.requires_grad_(id(t) in map(id, only))
+    y = run(given, case, None)
+    torch.testing.assert_close(list(torch.autograd.grad(y, only, torch.ones_like(y))), [every[id(t)] for t in only])
