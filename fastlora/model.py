@@ -15,10 +15,16 @@ from fastlora.nn.switch import turned_off
 from fastlora.ops import check
 
 
-def lora_layers(model):
-    """{name: layer} of the layers with an adapter; ValueError for a model without LoRA layers of any rank."""
+def lora_layers(model, named_tasks=False):
+    """{name: layer} of the layers with an adapter; ValueError for a model without LoRA layers of any rank.
+
+    Layers with named tasks, of which those are returned that have chosen ones, are refused unless `named_tasks`.
+    """
     layers = {name: m for name, m in model.named_modules() if holds_adapters(m)}
     check.value(layers, "model", f"a {type(model).__name__} without LoRA layers", "an injected model")
+    single = named_tasks or not any(hasattr(m, "tasks") for m in layers.values())
+    check.value(single, "model", "a model with named tasks", "layers with one adapter of their own; tasks.Model has "
+                "remove_task, state_dict(task=) and merge_and_export")  # fmt: skip
     return {name: m for name, m in layers.items() if isinstance(m, LoRALayer) and m.r}
 
 
@@ -188,19 +194,24 @@ def disable_adapter(model):
     Under activation checkpointing with gradients pass `context_fn=fastlora.checkpoint_context`; a recompute that
     cannot know the state raises RuntimeError.
     """
-    lora_layers(model)
-    return turned_off(m for m in model.modules() if isinstance(m, LoRALayer))
+    lora_layers(model, named_tasks=True)
+    return turned_off(m for m in model.modules() if holds_adapters(m))
 
 
 def set_scale(model, scale):
-    """Run every adapter at scale · lora_alpha / r from now on; 1 is the trained model. Not saved."""
-    for layer in lora_layers(model).values():
+    """Run every adapter at scale · lora_alpha / r from now on; 1 is the trained model. Not saved.
+
+    Of named tasks it is those that `with model.task(...)` has chosen. Raises ValueError where there is no adapter.
+    """
+    layers = lora_layers(model, named_tasks=True)
+    check.value(layers, "model", "no adapter in force", "an adapter, or named tasks in `with model.task(...)`")
+    for layer in layers.values():
         layer.set_scale(scale)
 
 
 def refresh(model):
     """Drop everything derived from the weights, after a write that nothing can see (through `.data`, say)."""
-    for layer in lora_layers(model).values():
+    for layer in lora_layers(model, named_tasks=True).values():
         layer.refresh()
 
 

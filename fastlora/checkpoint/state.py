@@ -47,6 +47,9 @@ def lora_state_dict(model, bias="none", names="fastlora"):
     """
     check.value(bias in ("none", "all", "lora_only"), "bias", repr(bias), "'none', 'all' or 'lora_only'")
     check.value(names in _NAMES, "names", repr(names), f"one of {', '.join(_NAMES)}")
+    several = [path or "model" for path, layer in holders(model).items() if hasattr(layer, "tasks")]
+    only = "a single adapter: tasks.Model.state_dict writes theirs"
+    check.value(not several, next(iter(several), ""), "named tasks", only)
     state = model.state_dict()
     adapters = [name for name in state if is_adapter(name)]
     wanted = set()
@@ -60,7 +63,7 @@ def lora_state_dict(model, bias="none", names="fastlora"):
         return {name: tensor for name, tensor in state.items() if name in wanted}
     layers, found = holders(model), {}
     for path, layer in layers.items():
-        if layer.kind == "attention" or layer.kind != "projection" and (hasattr(layer, "tasks") or layer.r):
+        if layer.kind == "attention" or layer.kind != "projection" and layer.r:
             found.update((join(path, name), tensor) for name, tensor in write(layer, names, path).items())
     for name in (name for name in state if name in wanted):
         path, rest = owner(layers, name)

@@ -1,20 +1,36 @@
 """A layer with several adapters, by name: which of them run is chosen per thread, in one gated call."""
 
+import re
+
 import torch
 from torch import nn
 
 from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.layer import Adapter
-from fastlora.nn.switch import cannot_know, is_recompute, selection, switch
+from fastlora.nn.switch import cannot_know, is_off, is_recompute, selection, switch
+from fastlora.ops import check
+
+_TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
 def escape(name):
-    """A task's name as a key of nn.ModuleDict, which refuses dots."""
-    return name.replace("%", "%25").replace(".", "%2E")
+    """A task's name as a key of nn.ModuleDict, which refuses dots and the names of its own attributes, as "train"."""
+    key = name.replace("%", "%25").replace(".", "%2E")
+    return f"%{ord(key[0]):02X}{key[1:]}" if key in _TAKEN else key
 
 
 def unescape(key):
-    return key.replace("%2E", ".").replace("%25", "%")
+    return re.sub("%([0-9A-F]{2})", lambda code: chr(int(code[1], 16)), key)
+
+
+def pick(tasks, keys):
+    """The modules of these keys. Raises KeyError, for one removed since it was chosen, that lists those there are."""
+    held = tasks._modules
+    try:
+        return [held[key] for key in keys]
+    except KeyError as error:
+        name, others = unescape(error.args[0]), [unescape(key) for key in held]
+    raise KeyError(f"fastlora: task: got {name!r}, expected one of {others}")
 
 
 class TaskAdapter(Adapter, nn.Module):
@@ -24,46 +40,11 @@ class TaskAdapter(Adapter, nn.Module):
         return f"r={self.r}, lora_alpha={self.lora_alpha}"
 
 
-class Bank:
-    """Mixed in before a kind of LoRA layer: `tasks` holds a TaskAdapter for each name, `owner` keys the selection.
-
-    y = base(x) + Σ gate_e · scale_e · (D(x) A_eᵀ) B_eᵀ over the tasks that `switch` has selected for the owner.
-    """
+class Chooser:
+    """A layer whose tasks are chosen by `switch`."""
 
     # (names, gates) of the forwards since train() that a recompute could repeat; None: none yet, False: several
     _chose = None
-
-    def open(self, owner, lora_dropout=0.0):
-        """Make room for tasks."""
-        self.owner, self.tasks = owner, nn.ModuleDict()
-        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
-        if self.kind == "conv":
-            self.form = "tasks"
-
-    @property
-    def r(self):
-        """The rank in force: the sum of the selected tasks'."""
-        return sum(self.tasks[key].r for key in selection(self.owner)[0])
-
-    def set_scale(self, scale):
-        """Scale the selected tasks by scale · lora_alpha / r."""
-        for key in selection(self.owner)[0]:
-            self.tasks[key].set_scale(scale)
-
-    def adapters(self):
-        keys, gates = selection(self.owner)
-        held = self.tasks._modules
-        tasks = [held[key] for key in keys]
-        scaling = tasks[0].scaling if len(tasks) == 1 else torch.stack([t.scaling for t in tasks])
-        # nn.Module's own attribute look-up costs ten times a dict's, for each of many tasks
-        factors = [t._parameters for t in tasks]
-        return tuple(f["lora_A"] for f in factors), tuple(f["lora_B"] for f in factors), scaling, gates
-
-    def forward(self, *args, **kwargs):
-        if not torch.compiler.is_compiling():
-            self._note_run()
-        none = self.is_off() or not selection(self.owner)[0]
-        return self.run(None if none else self.adapters(), *args, **kwargs)
 
     def _note_run(self):
         """A recompute that nothing carried the tasks to must be the only selection there was, or it could differ."""
@@ -81,35 +62,108 @@ class Bank:
         return super().train(mode)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_chose": None}
+        # object has one from Python 3.11 on
+        before = getattr(super(), "__getstate__", lambda: self.__dict__)()
+        return {**before, "_chose": None}
+
+
+class Bank(Chooser):
+    """Mixed in before a kind of LoRA layer: `tasks` holds a TaskAdapter for each name, `owner` keys the selection.
+
+    y = base(x) + Σ gate_e · scale_e · (D(x) A_eᵀ) B_eᵀ over the tasks that `switch` has selected for the owner.
+    """
+
+    def open(self, owner, lora_dropout=0.0):
+        """Make room for tasks."""
+        self.owner, self.tasks = owner, nn.ModuleDict()
+        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
+        if self.kind == "conv":
+            self.form = "tasks"
+
+    @property
+    def r(self):
+        """The rank in force: the sum of the selected tasks'."""
+        return sum(task.r for task in pick(self.tasks, selection(self.owner)[0]))
+
+    def set_scale(self, scale):
+        """Scale the selected tasks by scale · lora_alpha / r."""
+        for task in pick(self.tasks, selection(self.owner)[0]):
+            task.set_scale(scale)
+
+    def adapters(self):
+        keys, gates = selection(self.owner)
+        tasks = pick(self.tasks, keys)
+        scaling = tasks[0].scaling if len(tasks) == 1 else torch.stack([t.scaling for t in tasks])
+        # nn.Module's own attribute look-up costs ten times a dict's, for each of many tasks
+        factors = [t._parameters for t in tasks]
+        try:
+            A, B = tuple(f["lora_A"] for f in factors), tuple(f["lora_B"] for f in factors)
+        except KeyError:
+            # pruning, FSDP1 and DataParallel keep plain attributes
+            A, B = tuple(t.lora_A for t in tasks), tuple(t.lora_B for t in tasks)
+        # a model may lie on several devices
+        return A, B, scaling, gates if gates is None else gates.to(A[0].device)
+
+    def forward(self, *args, **kwargs):
+        if not torch.compiler.is_compiling():
+            self._note_run()
+        none = self.is_off() or not selection(self.owner)[0]
+        return self.run(None if none else self.adapters(), *args, **kwargs)
 
 
 class TaskProjection(Bank, ProjectionLoRA):
     """A projection of an attention layer with named tasks."""
 
 
-class Wrapped(nn.Module):
+class Wrapped(Chooser, nn.Module):
     """A module of a user's own type, `module`, with a module for each task that runs in its place.
 
     Several tasks, or weights: module(x) + Σ gate · (task(x) − module(x)), a loop, as nothing is known of what they do.
+    What `module` has as attributes can be read here.
     """
+
+    holds_adapters = True
+    # as LoRALayer's, for `is_off`
+    rank = None
+    _ran = frozenset()
 
     def __init__(self, module, owner):
         super().__init__()
         self.module, self.owner, self.tasks = module, owner, nn.ModuleDict()
 
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+    def check_merge(self, name):
+        """Raise ValueError: nothing is known of what a task's module does."""
+        check.value(False, name, "a module of a user's type with tasks", "a layer to merge into")
+
+    def biases(self):
+        return {}
+
     def forward(self, *args, **kwargs):
+        if not torch.compiler.is_compiling():
+            self._note_run()
         keys, gates = selection(self.owner)
-        if not keys:
+        if bool(switch.apart or self._ran) and is_off(self) or not keys:
             return self.module(*args, **kwargs)
-        if len(keys) == 1 and gates is None:
-            return self.tasks[keys[0]](*args, **kwargs)
+        tasks = pick(self.tasks, keys)
+        if len(tasks) == 1 and gates is None:
+            return tasks[0](*args, **kwargs)
         base = self.module(*args, **kwargs)
         y = base
-        for e, key in enumerate(keys):
-            update = self.tasks[key](*args, **kwargs) - base
-            gate = 1 if gates is None else gates[..., e]
+        for e, task in enumerate(tasks):
+            gate = 1 if gates is None else gates[..., e].to(base.device)
             if gates is not None and gates.dim() > 1:
                 gate = gate.view(-1, *(1 for _ in base.shape[1:]))
-            y = y + gate * update
+            y = y + gate * (task(*args, **kwargs) - base)
         return y
+
+    def train(self, mode=True):
+        self._ran = frozenset()
+        return super().train(mode)

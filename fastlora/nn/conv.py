@@ -71,7 +71,8 @@ class ConvLoRA(LoRALayer):
         return self._conv_forward(x, weight, self.bias)
 
     def adapted(self, x, A, B, scaling, gates):
-        x, gates = match_rows(x, x.shape[:1], gates)
+        batched = x.dim() == len(self.kernel_size) + 2
+        x, gates = match_rows(x, x.shape[:1] if batched else (), gates)
         if self.form == "peft":
             return self._down_and_up(x, A, B, scaling, gates)
         dropped, by_row = self.dropout_p() > 0, gates is not None and gates.dim() > 1

@@ -8,6 +8,7 @@ from torch import nn
 from fastlora.nn import names
 from fastlora.nn.bank import TaskAdapter
 from fastlora.nn.convert import kind_of, like
+from fastlora.nn.fastpath import is_called
 from fastlora.nn.layer import LoRALayer, check_adapter
 from fastlora.ops import check
 
@@ -28,7 +29,8 @@ def make_adapter(module, rank=default_rank, lora_alpha=None, init="zero", base=N
     lora_alpha = rank if lora_alpha is None else lora_alpha
     check_adapter(rank, lora_alpha, 0.0, least=1)
     base, adapter = like(module) if base is None else base, TaskAdapter()
-    dtype = base.dtype if base.is_floating_point() else torch.float32
+    # not the eight-bit floats of a quantised weight
+    dtype = base.dtype if base.is_floating_point() and base.itemsize > 1 else torch.float32
     adapter.attach_factors(kind.adapter_shapes(module, rank), rank, lora_alpha, dtype, base.device)
     kind.init_adapter(module, adapter.lora_A, adapter.lora_B)
     if init == "original":
@@ -90,14 +92,16 @@ def find(name, module, seen):
         return {}
     seen.add(id(module))
     if make is not None or kind_of(module):
-        return {name: make is None or _makes_adapters(make, module)}
-    inside = module.named_children()
+        return {name: becomes_bank(module)}
+    inside = [(child, m) for child, m in module.named_children() if is_called(child, {"": module})]
     return {k: v for child, m in inside for k, v in find(f"{name}.{child}".lstrip("."), m, seen).items()}
 
 
-def _makes_adapters(make, module):
+def becomes_bank(module):
+    """Whether a layer's tasks are adapters, and not modules of a user's own."""
+    make = custom_constructor(module)
     with torch.random.fork_rng(devices=[]):
-        return isinstance(make(module), TaskAdapter)
+        return make is None or isinstance(make(module), TaskAdapter)
 
 
 def custom_constructor(module):

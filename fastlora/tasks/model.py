@@ -2,19 +2,20 @@
 
 import collections
 import copy
+import inspect
 
 import torch
 from torch import nn
 
 from fastlora.model import find_targets, make_plain
-from fastlora.nn.bank import Bank, TaskProjection, Wrapped, escape
+from fastlora.nn.bank import Bank, TaskAdapter, TaskProjection, Wrapped, escape
 from fastlora.nn.convert import check_convertible, convert
-from fastlora.nn.fastpath import update_fast_paths
+from fastlora.nn.fastpath import holds_adapters, update_fast_paths
 from fastlora.nn.layer import LoRALayer, check_adapter
 from fastlora.nn.switch import checkpoint_context, selected, selection
 from fastlora.ops import check
 from fastlora.tasks import state
-from fastlora.tasks.adapters import custom_constructor, default_rank, find, make_adapter
+from fastlora.tasks.adapters import becomes_bank, custom_constructor, default_rank, find, make_adapter
 
 
 class Owner:
@@ -27,10 +28,11 @@ class Model(nn.Module):
     Every linear layer, embedding, convolution and nn.MultiheadAttention of `model`, or those that `target_modules`
     names as in `inject`, gets room for tasks, in place; modules of a type in `base_module_wrappers` get what is
     registered there. A choice of tasks is a name; a list of names, which are summed; a dict of weights; or a list with
-    one of these, or None, for each batch row. Nothing chosen is the base model. The choice belongs to a thread. A
-    weight may be a tensor: it gets a gradient, and compiled code is not compiled again for its value. `r` and
-    `lora_alpha` are the tasks' defaults: int(sqrt(min(in, out))), and r. Raises ValueError for a layer that cannot
-    have tasks. Source: TheDiscoMole/LoRA.
+    one of these, or None, for each batch row, which has to be the first dimension of every layer's input. Nothing
+    chosen is the base model. The choice belongs to a thread. A weight may be a tensor: it gets a gradient, and compiled
+    code is not compiled again for its value, as it is for other names: torch._dynamo.config.recompile_limit allows
+    eight choices. `r` and `lora_alpha` are the tasks' defaults: int(sqrt(min(in, out))), and r. Raises ValueError for
+    a layer that cannot have tasks. Source: TheDiscoMole/LoRA.
     """
 
     def __init__(self, model, r=None, lora_alpha=None, lora_dropout=0.0, target_modules=None):
@@ -38,12 +40,12 @@ class Model(nn.Module):
         check.kind(isinstance(model, nn.Module), "model", type(model).__name__, "an nn.Module")
         held = [m for m in model.modules() if isinstance(m, (LoRALayer, Wrapped, Model))]
         check.value(not held, "model", "a model that has adapters", "a plain one")
-        check_adapter(r or 1, lora_alpha or 1, lora_dropout, least=1)
+        check_adapter(1 if r is None else r, 1 if lora_alpha is None else lora_alpha, lora_dropout, least=1)
         self.defaults, self.owner, self.names = (r, lora_alpha), Owner(), []
         targets = None if target_modules is None else find_targets(model, target_modules)
-        found = find("", model, set()) if targets is None else dict.fromkeys(targets, True)
-        check.value(found, "model", f"a {type(model).__name__}", "a model with layers that can have adapters")
         modules = dict(model.named_modules(remove_duplicate=False))
+        found = find("", model, set()) if targets is None else {name: becomes_bank(modules[name]) for name in targets}
+        check.value(found, "model", f"a {type(model).__name__}", "a model with layers that can have adapters")
         for name in (name for name, bank in found.items() if bank):
             check_convertible(name, modules, None)
         self.model = self._wrap(model, modules, found, lora_dropout)
@@ -72,6 +74,12 @@ class Model(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    @property
+    def accepts_loss_kwargs(self):
+        """What a Trainer asks before it passes num_items_in_batch: whether the wrapped model takes any keyword."""
+        kinds = [parameter.kind for parameter in inspect.signature(self.model.forward).parameters.values()]
+        return getattr(self.model, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds)
+
     def lora_layers(self):
         """The layers that hold tasks."""
         return (layer for _, layer in self._layers())
@@ -91,7 +99,9 @@ class Model(nn.Module):
         if exist_ok and task in self.names:
             return self
         check.value(task not in self.names, "task", repr(task), f"a new name, besides {self.names}")
-        r, lora_alpha = r or self.defaults[0], lora_alpha or self.defaults[1]
+        check.value(init in ("zero", "original"), "init", repr(init), "'zero' or 'original'")
+        r = self.defaults[0] if r is None else r
+        lora_alpha = self.defaults[1] if lora_alpha is None else lora_alpha
         made = [(layer, self._make(name, layer, r, lora_alpha, init)) for name, layer in self._layers()]
         for layer, module in made:
             layer.tasks[escape(task)] = module.train(layer.training)
@@ -100,9 +110,17 @@ class Model(nn.Module):
 
     def _make(self, name, layer, r, lora_alpha, init):
         if isinstance(layer, Wrapped):
-            return custom_constructor(layer.module)(layer.module)
+            make = custom_constructor(layer.module)
+            got = f"a {type(layer.module).__name__}, whose type is registered no longer"
+            check.value(make, name or "model", got, "register_base_module_wrapper to be called first")
+            return make(layer.module)
         if r is None and (make := custom_constructor(layer)):
-            return make(layer)
+            made = make(layer)
+            held = isinstance(made, TaskAdapter)
+            check.kind(held, name or "model", f"a {type(made).__name__}", "an adapter, as when the model was wrapped")
+            if init == "zero" and lora_alpha is None:
+                return made
+            r = made.r
         inside = isinstance(layer, TaskProjection)
         base = self.model.get_submodule(name.rpartition(".")[0]).out_proj.weight if inside else None
         return make_adapter(layer, default_rank if r is None else r, lora_alpha, init, base)
@@ -134,7 +152,7 @@ class Model(nn.Module):
 
     def _choose(self, tasks):
         """(keys, gates) of a choice: gates (E,), (batch, E), or None where every weight is 1."""
-        rows = not isinstance(tasks, (str, dict)) and tasks is not None and not all(isinstance(t, str) for t in tasks)
+        rows = isinstance(tasks, (list, tuple)) and not all(isinstance(t, str) for t in tasks)
         weights = [_weights(row) for row in tasks] if rows else [_weights(tasks)]
         chosen = tuple({name: None for row in weights for name in row})
         self._known(*chosen)
@@ -144,7 +162,7 @@ class Model(nn.Module):
         device = next(self.parameters()).device
         listed = [row.get(name, 0) for row in weights for name in chosen]
         learned = any(isinstance(w, torch.Tensor) for w in listed)
-        gates = torch.stack([torch.as_tensor(w, dtype=torch.float32) for w in listed]) if learned else torch.tensor(
+        gates = torch.stack([_scalar(w, device) for w in listed]) if learned else torch.tensor(
             listed, dtype=torch.float32)  # fmt: skip
         return keys, gates.to(device).view(*((len(weights),) if rows else ()), len(chosen))
 
@@ -171,7 +189,7 @@ class Model(nn.Module):
         given.setdefault("context_fn", checkpoint_context)
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
 
-    def state_dict(self, *args, task=None, destination=None, prefix="", keep_vars=False):
+    def state_dict(self, task=None, destination=None, prefix="", keep_vars=False):
         """A task's tensors, or, where `task` is None, those of the base model alone, under the model's own names.
 
         A task's names and layouts are the original's: "fc.<task>.module.A" (out, r), "fc.<task>.module.B" (r, in). To
@@ -184,30 +202,52 @@ class Model(nn.Module):
             destination[prefix + name] = tensor if live else tensor.detach()
         return destination
 
-    def load_state_dict(self, state_dict, strict=True, assign=False, task=None):
+    def load_state_dict(self, state_dict, strict=True, assign=None, task=None):
         """Load the base model, or a task from a file of any task, in the original's names, ours or PEFT's.
 
         Returns torch's (missing_keys, unexpected_keys). Raises RuntimeError as torch does for these if `strict`, and
         for shapes; then nothing has changed. `assign` as in torch, for the base model alone.
         """
+        if isinstance(strict, str):
+            # the original's order: state_dict, task, strict
+            task, strict, assign = strict, assign is None or assign, None
         if task is not None:
             return state.load_task(self, state_dict, task, strict)
-        return state.load_base(self, state_dict, strict, assign)
+        return state.load_base(self, state_dict, strict, bool(assign))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # a parent loads its modules one by one; its state dict holds what ours does
+        state.place(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def merge_and_export(self, tasks=None):
         """A plain copy of the wrapped model with W + Σ gate · ΔW of these tasks, or of those chosen in this thread."""
         keys, gates = selection(self.owner) if tasks is None else self._choose(tasks)
-        banks = all(isinstance(layer, Bank) for layer in self.lora_layers())
-        check.value(banks, "model", "a module of a user's type with tasks", "layers whose weights can be merged")
+        for name, layer in self.model.named_modules() if keys else ():
+            if holds_adapters(layer):
+                layer.check_merge(name or "model")
         plain = copy.deepcopy(self)
+        for name, layer in [("model", plain.model), *plain.named_modules(remove_duplicate=False)]:
+            if isinstance(layer, Wrapped):
+                parent, _, child = name.rpartition(".")
+                plain.get_submodule(parent)._modules[child] = layer.module
         with selected(plain.owner, keys, gates):
             return make_plain(plain.model, merged=True)
 
 
 def _weights(row):
     """{name: weight} of one choice."""
-    if row is None or isinstance(row, (str, dict)):
-        return {} if row is None else row if isinstance(row, dict) else {row: 1}
+    if row is None or isinstance(row, str):
+        return {} if row is None else {row: 1}
+    if isinstance(row, dict):
+        for name, weight in row.items():
+            number = isinstance(weight, (int, float)) or isinstance(weight, torch.Tensor) and weight.numel() == 1
+            check.value(number, f"tasks[{name!r}]", f"a {type(weight).__name__}", "a number or a tensor of one")
+        return row
     named = isinstance(row, (list, tuple)) and all(isinstance(name, str) for name in row)
     check.value(named, "tasks", repr(row), "a name, a list of names, a dict of weights, or a list of these")
     return {name: row.count(name) for name in row}
+
+
+def _scalar(weight, device):
+    return torch.as_tensor(weight, dtype=torch.float32, device=device).reshape(())

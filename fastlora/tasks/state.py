@@ -29,13 +29,32 @@ def _base(model):
     return {plain: (name, found[name]) for name, plain in inside.items()}
 
 
-def load_base(model, given, strict, assign):
-    """Load the base model; the original's "fc.module.weight" is "fc.weight"."""
-    base, renamed = _base(model), {}
+def _plain(model, base, given):
+    """`given` with the original's "fc.module.weight" as "fc.weight"."""
+    renamed = {}
     for path, _ in model._layers(every_name=True):
         module = _below(path, "module.")
         renamed.update((k, _below(path, k[len(module) :])) for k in given if k.startswith(module) and k not in base)
-    plain = {renamed.get(name, name): tensor for name, tensor in given.items()}
+    return {renamed.get(name, name): tensor for name, tensor in given.items()}
+
+
+def place(model, given, prefix):
+    """Rename, in place, what a parent's state dict holds of the base model below `prefix`; tasks stay as they are."""
+    base = _base(model)
+    plain = _plain(model, base, {key[len(prefix) :]: given[key] for key in given if key.startswith(prefix)})
+    for key in [key for key in given if key.startswith(prefix)]:
+        del given[key]
+    given.update((f"{prefix}model.{base[n][0]}" if n in base else prefix + n, t) for n, t in plain.items())
+    inside = {name for name, _ in base.values()}
+    for name, tensor in model.model.state_dict(keep_vars=True).items():
+        if name not in inside:
+            given.setdefault(f"{prefix}model.{name}", tensor)
+
+
+def load_base(model, given, strict, assign):
+    """Load the base model."""
+    base = _base(model)
+    plain = _plain(model, base, given)
     report = _compare({name: tensor for name, (_, tensor) in base.items()}, plain, strict)
     inside = {base[name][0]: tensor for name, tensor in plain.items() if name in base}
     model.model.load_state_dict(inside, strict=False, assign=assign)
@@ -51,9 +70,10 @@ def task_tensors(model, task):
 
 def saved_task(model, task):
     """A task's tensors under the original's names."""
+    model._known(task)
     tensors = {}
     for path, layer in model._layers():
-        own = {name: tensor for (at, name), tensor in task_tensors(model, task).items() if at == path}
+        own = layer.tasks[escape(task)].state_dict(keep_vars=True)
         if not isinstance(layer, Wrapped):
             A, B = names.to_tasks(layer.kind, own["lora_A"], own["lora_B"])
             own = {"A": A.contiguous(), "B": B.contiguous()}
@@ -68,7 +88,8 @@ def load_task(model, given, task, strict):
     kinds = {path: None if isinstance(layer, Wrapped) else layer.kind for path, layer in model._layers()}
     sources, unexpected = {}, []
     for key, tensor in given.items():
-        found = _parse(names.from_any_name(key), kinds, task)
+        # a task may be called base_layer
+        found = _parse(key, kinds, task) or _parse(names.from_any_name(key), kinds, task)
         if found is None:
             unexpected.append(key)
         else:
