@@ -3,13 +3,10 @@
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
+from fastlora.checkpoint.state import join, owner
 from fastlora.nn import names
 from fastlora.nn.bank import Wrapped, escape
 from fastlora.ops import check
-
-
-def _below(path, name):
-    return f"{path}.{name}" if path else name
 
 
 def base_tensors(model):
@@ -19,23 +16,25 @@ def base_tensors(model):
 
 def _base(model):
     """{plain name: (name inside, tensor)}; a user's wrapped module keeps its own tensors below `module`."""
-    found = model.model.state_dict(keep_vars=True)
-    inside = {name: name for name in found}
-    for path, layer in model._layers(every_name=True):
-        tasks, module = _below(path, "tasks."), _below(path, "module.")
-        inside = {name: plain for name, plain in inside.items() if not name.startswith(tasks)}
-        if isinstance(layer, Wrapped):
-            inside = {n: _below(path, n[len(module) :]) if n.startswith(module) else p for n, p in inside.items()}
-    return {plain: (name, found[name]) for name, plain in inside.items()}
+    layers, base = dict(model._layers(every_name=True)), {}
+    for name, tensor in model.model.state_dict(keep_vars=True).items():
+        path, rest = owner(layers, name)
+        if path is None:
+            base[name] = name, tensor
+        elif not rest.startswith("tasks."):
+            wrapped = isinstance(layers[path], Wrapped)
+            base[join(path, rest.removeprefix("module.") if wrapped else rest)] = name, tensor
+    return base
 
 
 def _plain(model, base, given):
     """`given` with the original's "fc.module.weight" as "fc.weight"."""
-    renamed = {}
-    for path, _ in model._layers(every_name=True):
-        module = _below(path, "module.")
-        renamed.update((k, _below(path, k[len(module) :])) for k in given if k.startswith(module) and k not in base)
-    return {renamed.get(name, name): tensor for name, tensor in given.items()}
+    layers, plain = dict(model._layers(every_name=True)), {}
+    for name, tensor in given.items():
+        path, rest = owner(layers, name)
+        original = path is not None and name not in base and rest.startswith("module.")
+        plain[join(path, rest.removeprefix("module.")) if original else name] = tensor
+    return plain
 
 
 def place(model, given, prefix):
@@ -77,7 +76,7 @@ def saved_task(model, task):
         if not isinstance(layer, Wrapped):
             A, B = names.to_tasks(layer.kind, own["lora_A"], own["lora_B"])
             own = {"A": A.contiguous(), "B": B.contiguous()}
-        tensors.update((_below(path, f"{task}.module.{name}"), tensor) for name, tensor in own.items())
+        tensors.update((join(path, f"{task}.module.{name}"), tensor) for name, tensor in own.items())
     return tensors
 
 
@@ -100,7 +99,7 @@ def load_task(model, given, task, strict):
     got = f"the tasks {sorted(map(str, sources))}"
     check.value(not several, "state_dict", got, f"one task, or {task!r} among them")
     tensors = _in_our_layout(sources.get(source, {}), kinds)
-    others = [_below(path, name) for s, of in sources.items() if s != source for path, name in of]
+    others = [join(path, name) for s, of in sources.items() if s != source for path, name in of]
     report = _compare(own, tensors, strict, unexpected + others)
     for place, tensor in tensors.items():
         if place in own:
@@ -109,20 +108,17 @@ def load_task(model, given, task, strict):
 
 
 def _parse(key, kinds, task):
-    """(task, layer's name, parameter's name) of a key, or None. The longest layer name that fits, whole parts only."""
-    for path in sorted(kinds, key=len, reverse=True):
-        if not key.startswith(_below(path, "")):
-            continue
-        rest = key[len(_below(path, "")) :]
-        if rest in ("lora_A", "lora_B"):
-            return None, path, rest
-        if rest.startswith(f"{task}.module."):
-            return task, path, rest[len(task) + 8 :]
-        # a task's name may hold dots and the word itself; a custom module's parameter too
-        source, found, name = rest.rpartition(".module.") if kinds[path] else rest.partition(".module.")
-        if found:
-            return source, path, name
-    return None
+    """(task, layer's name, parameter's name) of a key, or None."""
+    path, rest = owner(kinds, key)
+    if path is None:
+        return None
+    if rest in ("lora_A", "lora_B"):
+        return None, path, rest
+    if rest.startswith(f"{task}.module."):
+        return task, path, rest[len(task) + 8 :]
+    # a task's name may hold dots and the word itself; a custom module's parameter too
+    source, found, name = rest.rpartition(".module.") if kinds[path] else rest.partition(".module.")
+    return (source, path, name) if found else None
 
 
 def _in_our_layout(tensors, kinds):
@@ -139,7 +135,7 @@ def _compare(own, given, strict, unexpected=()):
     """torch's report on the keys; RuntimeError for shapes, and for keys if `strict`, before anything is loaded."""
 
     def show(place):
-        return place if isinstance(place, str) else _below(*place)
+        return place if isinstance(place, str) else join(*place)
 
     missing = [show(place) for place in own if place not in given]
     unexpected = [*unexpected, *(show(place) for place in given if place not in own)]
