@@ -90,8 +90,9 @@ def _layers(model):
     # named tasks have no rank to choose
     own = layers and all(m.r and hasattr(m, "lora_A") for m in layers)
     check.value(own, "model", "no layer of rank 1 or more", "layers with an adapter of their own")
-    # raises where a part of r means nothing
-    _ = [layer.narrow(layer.lora_A, layer.lora_B, 0, 1) for layer in layers]
+    for layer in layers:
+        # raises where a part of r means nothing
+        layer.narrow(layer.lora_A, layer.lora_B, 0, 1)
     return layers
 
 
@@ -111,10 +112,7 @@ def _set(layers, rank, frozen):
 def _check_held(layer, parameter):
     """In a backward: warn once of a frozen step that no optimizer holds."""
     global _warned
-    frozen = not _warned and layer() is not None and layer().frozen
-    # the second look: it may be in a group that was added since
-    known = any(id(parameter) in hold.ids for hold in _holds) or any(id(parameter) in hold.read() for hold in _holds)
-    if not frozen or known:
+    if _warned or layer() is None or not layer().frozen or any(hold.has(parameter) for hold in _holds):
         return
     _warned = True
     warnings.warn(
@@ -156,7 +154,8 @@ def sample(model, step, seed=0, frozen=False, distribution="uniform"):
 
     It depends on (seed, step) alone: every process, and a run that goes on from a checkpoint, draws the same.
     `distribution` is "uniform", the paper's, or r weights. The paper's recipe is `frozen`: component k alone trains;
-    see `hold_frozen_rows`. Raises ValueError for another distribution, TypeError for a step that is no integer.
+    see `hold_frozen_rows`; in eval mode nothing is frozen. Raises ValueError for another distribution, TypeError for a
+    step that is no integer.
     """
     layers = _layers(model)
     most = max(layer.r for layer in layers)
@@ -247,9 +246,8 @@ def hold_frozen_rows(optimizer):
 
 class _Hold:
     def __init__(self, optimizer):
-        self.optimizer, self.before = optimizer, {}
+        self.optimizer, self.before, self.ids = optimizer, {}, frozenset()
         self.hooks = optimizer.register_step_pre_hook(self._copy), optimizer.register_step_post_hook(self._put_back)
-        self.read()
         _holds.add(self)
 
     def remove(self):
@@ -257,20 +255,20 @@ class _Hold:
             hook.remove()
         _holds.discard(self)
 
-    def read(self):
-        """The ids of the optimizer's parameters."""
-        self.ids = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        return self.ids
+    def has(self, parameter):
+        if id(parameter) not in self.ids:
+            # a group may have been added since
+            self.ids = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return id(parameter) in self.ids
 
     def _copy(self, optimizer, args, kwargs):
         # a step whose closure raised has left its copies
         self.before = {}
         # a closure may set the rank
         may_change = len(args) > 1 or bool(kwargs)
-        ids = self.read()
         # a layer that `remove` made plain again has no rank
         ranked = [m for m in ranked_layers if isinstance(m, LoRALayer) and (m.frozen or may_change)]
-        for layer, parameter in ((m, p) for m in ranked for p in (m.lora_A, m.lora_B) if id(p) in ids):
+        for layer, parameter in ((m, p) for m in ranked for p in (m.lora_A, m.lora_B) if self.has(p)):
             self.before[parameter] = layer, {key: t.clone() for key, t in _rowed(optimizer, parameter)}
 
     @torch.no_grad()

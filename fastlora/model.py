@@ -41,8 +41,11 @@ def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-li
     """
     lora_alpha = r if lora_alpha is None else lora_alpha
     names = find_targets(model, target_modules)
-    for name in names if dynamic else ():
-        check_convertible(name, dict(model.named_modules(remove_duplicate=False)), 1)
+    if dynamic:
+        # rank 1 has to fit as well
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name in names:
+            check_convertible(name, modules, 1)
     adapt(model, dict.fromkeys(names, (r, lora_alpha)), lora_dropout, dtype)
     if dynamic:
         for layer in lora_layers(model).values():

@@ -107,7 +107,8 @@ class ConvLoRA(LoRALayer):
 
     def up(self, B):
         """The adapters' lora_B as (out, r), each group's rows with their own columns."""
-        return [torch.block_diag(*b.flatten(1).chunk(self.groups)) for b in B]
+        flat = [b.flatten(1) for b in B]
+        return flat if self.groups == 1 else [torch.block_diag(*b.chunk(self.groups)) for b in flat]
 
     def _by_row(self, x, A, B, scaling, gates):
         """Σ gate[row, e] · scale_e · conv(x, ΔW_e): one convolution with the adapters' ΔW side by side."""
