@@ -120,7 +120,7 @@ def test_merged_export_and_half_precision():
     assert torch.equal(layer.weight, weight)
     exported = lora.merge_and_export(layer)
     assert type(exported) is nn.Linear and type(layer) is lora.MergedLinear
-    assert torch.equal(exported(x), layer.eval()(x).detach()) or torch.allclose(exported(x), layer(x), atol=0.05)
+    torch.testing.assert_close(exported(x), layer(x), rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize(
