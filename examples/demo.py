@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import docstrings
 import peft
+from progress import progress, say
 
 import fastlora
 from benchmarks import clock, models
@@ -62,10 +63,6 @@ def main():
     print(f"\nDone in {time.perf_counter() - start:.0f} s.")
 
 
-def say(headline):
-    print(f"\n{headline}", flush=True)
-
-
 def answer(model, tokenizer, question):
     chat = [{"role": "user", "content": question}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -100,18 +97,8 @@ def fine_tune(model, blocks):
         schedule.step()
         optimizer.zero_grad()
         average = loss.item() if average is None else 0.8 * average + 0.2 * loss.item()
-        progress(step, STEPS, f"loss {average:.3f}  {(time.perf_counter() - start) / step:.2f} s/step")
+        progress(step, STEPS, f"loss {average:.3f}  {(time.perf_counter() - start) / step:.2f} s/step", 10)
     model.eval()
-
-
-def progress(step, steps, note):
-    """A bar on one line of a terminal; in a log, a line for each tenth."""
-    done = 30 * step // steps
-    line = f"   [{'#' * done}{'.' * (30 - done)}] {step:3}/{steps}  {note}"
-    if sys.stdout.isatty():
-        print(f"\r{line}", end="\n" if step == steps else "", flush=True)
-    elif step % (steps // 10) == 0:
-        print(line, flush=True)
 
 
 def check_round_trip(model, trained, probe):

@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from progress import progress
 from torch import nn
 from transformers import AutoTokenizer, BertModel
 from transformers.utils import logging
@@ -84,8 +85,8 @@ def parse(raw, lines):
     return [(number.partition("_")[0], float(score), text.strip()) for number, score, text in rows]
 
 
-def split(rows, train, test, seed=0):
-    """(train, test): lists of that many (text, label), half of them positive; no document has texts in both.
+def split(rows, *counts, seed=0):
+    """Lists of that many (text, label) each, half of them positive; no document has texts in two of them.
 
     The label is the score's sign; what scores 0 is left out, as is a text that was there before.
     """
@@ -95,10 +96,11 @@ def split(rows, train, test, seed=0):
             documents.setdefault(document, []).append((text, int(score > 0)))
     order = sorted(documents)
     random.Random(seed).shuffle(order)
-    # the test's first, so that it stays the same whatever the size of the training part
-    held_out, learned = _take(documents, order, test), _take(documents, order, train)
-    random.Random(seed).shuffle(learned)
-    return learned, held_out
+    # the last first, so that the test's stays the same whatever the others' sizes
+    parts = [_take(documents, order, count) for count in reversed(counts)]
+    for part in parts:
+        random.Random(seed).shuffle(part)
+    return parts[::-1]
 
 
 def _take(documents, order, count):
@@ -209,17 +211,3 @@ def fit(parameters, losses, steps, lr=3e-3, turns=1):
 
 def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def say(headline):
-    print(f"\n{headline}", flush=True)
-
-
-def progress(step, steps, note):
-    """A bar on one line of a terminal; in a log, a line for each third."""
-    done = 30 * step // steps
-    line = f"   [{'#' * done}{'.' * (30 - done)}] {step:3}/{steps}  {note}"
-    if sys.stdout.isatty():
-        print(f"\r{line}", end="\n" if step == steps else "", flush=True)
-    elif step * 3 // steps > (step - 1) * 3 // steps:
-        print(line, flush=True)

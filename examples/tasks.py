@@ -16,6 +16,7 @@ from torch.nn import functional
 sys.path.append(str(Path(__file__).parents[1]))
 
 import sentiment
+from progress import say
 
 import fastlora
 from fastlora import tasks
@@ -27,7 +28,7 @@ OPTIONS = {"r": 8, "lora_alpha": 16, "target_modules": r".*\.(query|key|value|de
 
 def main():
     start = time.perf_counter()
-    sentiment.say("1. MiniLM and the texts of four domains")
+    say("1. MiniLM and the texts of four domains")
     classifier, tokenizer = sentiment.load()
     check_encoder(classifier, tokenizer)
     data = {}
@@ -35,19 +36,19 @@ def main():
         data[domain] = [sentiment.Texts(tokenizer, part) for part in sentiment.split(rows, TRAIN, TEST)]
     print(f"   {', '.join(data)}: {TRAIN} texts each to train on, {TEST} to test, half of them positive")
 
-    sentiment.say("2. A frozen encoder: only a head for each domain")
+    say("2. A frozen encoder: only a head for each domain")
     frozen = {domain: frozen_accuracy(classifier, *texts) for domain, texts in data.items()}
 
-    sentiment.say(f"3. Four runs of {STEPS} steps, each with a model of its own")
+    say(f"3. Four runs of {STEPS} steps, each with a model of its own")
     alone = {domain: train_alone(classifier, domain, train) for domain, (train, _) in data.items()}
 
-    sentiment.say(f"4. One model with four tasks, in turns: {len(data)} x {STEPS} steps")
+    say(f"4. One model with four tasks, in turns: {len(data)} x {STEPS} steps")
     model = train_in_turns(classifier, {domain: train for domain, (train, _) in data.items()})
 
-    sentiment.say("5. Accuracy in %, on texts of documents that were not trained on")
+    say("5. Accuracy in %, on texts of documents that were not trained on")
     compare(model, frozen, alone, {domain: test for domain, (_, test) in data.items()})
 
-    sentiment.say("6. One batch that mixes the four, and rows without a task")
+    say("6. One batch that mixes the four, and rows without a task")
     mix(model, classifier, {domain: test for domain, (_, test) in data.items()})
     print(f"\nDone in {time.perf_counter() - start:.0f} s.")
 
