@@ -14,7 +14,7 @@ ROWS = {
     "forward-small": "… of which M ≤ 16, in and out ≤ 1536",
     "training": "one layer, forward and backward",
     **{
-        f"merged-training-m{m}": f"MergedLinear 768 → 2304, two of three parts, {m} rows, forward and backward"
+        f"merged-training-m{m}": f"MergedLinear 768 → 2304, two of three parts, M = {m}, forward and backward"
         for m in (1, 64, 512)
     },
     "embedding-training-m4096": "Embedding 50,000 × 768, 4,096 ids, forward and backward",
@@ -103,10 +103,10 @@ def block(path):
     if worst is not None:
         lines += ["", f"The slowest of the cells, forward: {worst:.2f} × the plain layer."]
     eight = [
-        f"{values[key]:.2f} × ({rows_of_x} rows, {TITLES[mode].lower()})"
+        f"{values[key]:.2f} × (M = {m}, {TITLES[mode].lower()})"
         for mode in TITLES
-        for rows_of_x in (1, 256)
-        if (key := (f"tasks-{mode}-m{rows_of_x}-over-fastlora", "fastlora_8")) in values
+        for m in (1, 256)
+        if (key := (f"tasks-{mode}-m{m}-over-fastlora", "fastlora_8")) in values
     ]
     if eight:
         lines += ["", f"Eight tasks at once, 1024 → 1024 and rank 8 each, take {', '.join(eight)} the time of one."]
