@@ -69,20 +69,25 @@ void add_update(Tensor& y, const Tensor& zg, TensorList lora_B, const MaybeTenso
   });
 }
 
+// One product for all adapters: for a lone rank row BLAS takes a matrix-vector form, whose sums are less exact. Copies, as
+// outputs of an op share no memory.
+Tensors apart(const Tensor& sum, TensorList adapters, int64_t dim) {
+  Tensors grads;
+  int64_t start = 0;
+  for (const auto& t : adapters) {
+    const auto part = sum.narrow(dim, start, t.size(dim));
+    grads.push_back(at::empty(part.sizes(), t.options()).copy_(part));
+    start += t.size(dim);
+  }
+  return grads;
+}
+
 Tensors grads_of_B(const Tensor& dv, const Tensor& zg, TensorList lora_B) {
-  Tensors dB;
-  for_columns(zg, lora_B, 1, [&](size_t e, const Tensor& part) {
-    dB.push_back(mm_wide(dv.t(), part).to(lora_B[e].scalar_type()));
-  });
-  return dB;
+  return apart(mm_wide(dv.t(), zg), lora_B, 1);
 }
 
 Tensors grads_of_A(const Tensor& dz, const Tensor& d, TensorList lora_A) {
-  Tensors dA;
-  for_columns(dz, lora_A, 0, [&](size_t e, const Tensor& part) {
-    dA.push_back(mm_wide(part.t(), d).to(lora_A[e].scalar_type()));
-  });
-  return dA;
+  return apart(mm_wide(dz.t(), d), lora_A, 0);
 }
 
 // D(dz lora_A) in dz's dtype, fresh

@@ -5,8 +5,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora import backends
 from fastlora.nn.attention import AttentionLoRA, ProjectionLoRA
-from fastlora.nn.layer import LoRALayer, rank_list
+from fastlora.nn.layer import LoRALayer
 from fastlora.nn.linear import DenseLoRA, OpaqueLoRA
+from fastlora.nn.rows import rank_list
 
 
 class Explanation:

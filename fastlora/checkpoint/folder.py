@@ -146,15 +146,7 @@ def load_adapter(model, folder, dtype=None):
     `dtype` says otherwise. Returns the model. Raises ValueError, before anything changes, for a layer that is missing,
     a shape that differs, or a config or tensor that means more than LoRA (DoRA, modules_to_save, PiSSA's base).
     """
-    folder = pathlib.Path(folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    _check_config(config)
-    stored = load_file(folder / "adapter_model.safetensors")
-    tensors = {}
-    for key, tensor in stored.items():
-        put(tensors, from_any_name(key), tensor)
-    plan = _plan(model, config, tensors)
-    base = _check_base_tensors(model, config, tensors)
+    plan, config, base = read_adapter(model, folder)
     if not any(isinstance(module, LoRALayer) for module in model.modules()):
         targets = {planned.path: (planned.r, planned.lora_alpha) for planned in plan.values()}
         adapt(model, targets, config.get("lora_dropout", 0.0), dtype)
@@ -175,6 +167,25 @@ def load_adapter(model, folder, dtype=None):
         # as the adapters, and so saved with them again
         parameter.requires_grad = isinstance(parameter, torch.nn.Parameter)
     return model
+
+
+def read_adapter(model, source):
+    """(plan, config, base) of an adapter, checked against the model, which may be plain, and left as it is.
+
+    `source`: a folder in PEFT's format, or its tensors by name, in any library's names (lora_alpha is then r). plan:
+    {layer's name: Planned}; base: [(parameter, its trained value)] of biases. Raises ValueError as `load_adapter` does.
+    """
+    if isinstance(source, dict):
+        config, stored = {}, source
+    else:
+        folder = pathlib.Path(source)
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        _check_config(config)
+        stored = load_file(folder / "adapter_model.safetensors")
+    tensors = {}
+    for key, tensor in stored.items():
+        put(tensors, from_any_name(key), tensor)
+    return _plan(model, config, tensors), config, _check_base_tensors(model, config, tensors)
 
 
 def _check_config(config):
@@ -245,7 +256,7 @@ def _shapes(module, kind, r):
 
 def _alpha(config, path, r):
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", path)), config["lora_alpha"])
+    alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", path)), config.get("lora_alpha", r))
     return alpha * math.sqrt(r) if config.get("use_rslora") else alpha
 
 

@@ -73,6 +73,9 @@ class Bank(Chooser):
     y = base(x) + Σ gate_e · scale_e · (D(x) A_eᵀ) B_eᵀ over the tasks that `switch` has selected for the owner.
     """
 
+    # in a mixture, whose layers may have gates of their own: the number of this layer
+    place = None
+
     def open(self, owner, lora_dropout=0.0):
         """Make room for tasks."""
         self.owner, self.tasks = owner, nn.ModuleDict()
@@ -80,18 +83,30 @@ class Bank(Chooser):
         if self.kind == "conv":
             self.form = "tasks"
 
+    def chosen(self):
+        """(keys, gates) in force here; a mixture's bank takes its own of the gates, of the adapters that it has."""
+        keys, gates = selection(self.owner)
+        if self.place is None:
+            return keys, gates
+        if isinstance(gates, tuple):
+            gates = gates[self.place]
+        if len(self.tasks) < len(keys):
+            held = [e for e, key in enumerate(keys) if key in self.tasks._modules]
+            keys, gates = tuple(keys[e] for e in held), None if gates is None else gates[..., held]
+        return keys, gates
+
     @property
     def r(self):
-        """The rank in force: the sum of the selected tasks'."""
-        return sum(task.r for task in pick(self.tasks, selection(self.owner)[0]))
+        """The rank in force: the sum of the chosen adapters'."""
+        return sum(task.r for task in pick(self.tasks, self.chosen()[0]))
 
     def set_scale(self, scale):
-        """Scale the selected tasks by scale · lora_alpha / r."""
-        for task in pick(self.tasks, selection(self.owner)[0]):
+        """Scale the chosen adapters by scale · lora_alpha / r."""
+        for task in pick(self.tasks, self.chosen()[0]):
             task.set_scale(scale)
 
     def adapters(self):
-        keys, gates = selection(self.owner)
+        keys, gates = self.chosen()
         tasks = pick(self.tasks, keys)
         scaling = tasks[0].scaling if len(tasks) == 1 else torch.stack([t.scaling for t in tasks])
         # nn.Module's own attribute look-up costs ten times a dict's, for each of many tasks
@@ -107,12 +122,16 @@ class Bank(Chooser):
     def forward(self, *args, **kwargs):
         if not torch.compiler.is_compiling():
             self._note_run()
-        none = self.is_off() or not selection(self.owner)[0]
+        none = self.is_off() or not self.chosen()[0]
         return self.run(None if none else self.adapters(), *args, **kwargs)
 
 
 class TaskProjection(Bank, ProjectionLoRA):
     """A projection of an attention layer with named tasks."""
+
+
+# what an attention layer's projections become when it is converted with this mixin
+Bank.projection = TaskProjection
 
 
 class Wrapped(Chooser, nn.Module):

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from fastlora.nn.attention import PROJECTIONS, AttentionLoRA, ProjectionLoRA
-from fastlora.nn.bank import TaskProjection
 from fastlora.nn.conv import ConvLoRA
 from fastlora.nn.embedding import EmbeddingLoRA
 from fastlora.nn.fastpath import check_called
@@ -31,8 +30,8 @@ _kinds = {
 _transposed = set()
 # what an adapter adds to a module, and takes away again
 _OWN = ("r", "lora_alpha", "lora_dropout", "lora_A", "lora_B", "scaling", "rank", "frozen", "_factor", "fan_in_fan_out",
-        "merged", "merge_weights", "enable_lora", "form", "tasks", "owner", "_merged_copy", "_ran",
-        "_chose")  # fmt: skip
+        "merged", "merge_weights", "enable_lora", "form", "tasks", "owner", "place", "_merged_copy",
+        "_ran", "_chose")  # fmt: skip
 # module that defines a type of linear layer -> ours that registers it, loaded once the former is
 _INTEGRATIONS = {"transformers.pytorch_utils": "fastlora.integrations.transformers"}
 
@@ -118,7 +117,7 @@ def convert(module, *mixins):
     base, kind = type(module), kind_of(module)
     if kind is AttentionLoRA:
         _change_class(module, lora_class(base, AttentionLoRA))
-        module.add_projections(PROJECTIONS, TaskProjection if mixins else ProjectionLoRA)
+        module.add_projections(PROJECTIONS, mixins[0].projection if mixins else ProjectionLoRA)
         return
     _change_class(module, lora_class(base, *mixins, kind))
     if base in _transposed:

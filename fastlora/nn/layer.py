@@ -276,24 +276,3 @@ class LoRALayer(Adapter):
 
 def _stamp(t):
     return t._version, t.data_ptr()
-
-
-def match_rows(x, leading, gates):
-    """x and its gates, with one row of x repeated where the gates are for several.
-
-    `leading` are x's dimensions of positions, the batch first; a batch row's gates (E,) hold for all its positions.
-    """
-    if gates is None or gates.dim() < 2:
-        return x, gates
-    rows, batch = gates.shape[0], leading[0] if leading else None
-    fits = batch == rows or batch == 1
-    check.value(fits, "x", f"shape {tuple(x.shape)}", f"{rows} batch rows: each has adapters of its own")
-    if batch != rows:
-        x = x.expand(rows, *x.shape[1:])
-    return x, gates.view(rows, *(1,) * (len(leading) - 1), gates.shape[1])
-
-
-def rank_list(ranks, gates):
-    """The op's `ranks`: () for a single adapter that has a gate for each rank row, or none at all."""
-    lone = len(ranks) == 1 and (gates is None or gates.shape[-1] == ranks[0])
-    return () if lone else ranks

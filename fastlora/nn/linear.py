@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.nn.fastpath import watch_registrations
-from fastlora.nn.layer import Adapter, LoRALayer, check_adapter, identity, match_rows, rank_list
+from fastlora.nn.layer import Adapter, LoRALayer, check_adapter, identity
+from fastlora.nn.rows import match_rows, rank_list
 from fastlora.nn.switch import switch
 from fastlora.ops import check, lora_expand, lora_linear, lora_shrink
 from fastlora.ops.dropout import draw_seed

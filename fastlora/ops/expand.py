@@ -6,7 +6,7 @@ from fastlora import backends
 from fastlora.ops import check
 from fastlora.ops.gate import expand_gate, gate_backward
 from fastlora.ops.library import define, scalar
-from fastlora.ops.shrink import flat, join
+from fastlora.ops.shrink import apart, flat, join
 
 
 def lora_expand(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=None):
@@ -49,10 +49,7 @@ def lora_expand_backward_reference(dy, z, lora_B, scaling, gates, ranks, columns
     g = expand_gate(scaling, gates, ranks, dy.device, z.dtype)
     t = join([dy @ b.to(dy.dtype) for b in lora_B], dy, dy.dtype)
     dz = (t * g).contiguous() if need_z else z.new_empty(0)
-    dB = []
-    if need_B:
-        parts = flat(z * g).split([b.shape[1] for b in lora_B], -1)
-        dB = [(flat(dy).T @ zb).to(b.dtype) for zb, b in zip(parts, lora_B, strict=True)]
+    dB = apart(flat(dy).T @ flat(z * g), lora_B, 1) if need_B else []
     dscaling, dgates = gate_backward(t * z, scaling, gates, ranks)
     return dz, dB, dscaling if need_scaling else z.new_empty(0), dgates if need_gates else z.new_empty(0)
 

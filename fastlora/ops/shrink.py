@@ -47,6 +47,13 @@ def flat(t):
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
+def apart(total, adapters, dim):
+    """Each adapter's part of one product for all: a lone rank row's own would be a matrix-vector one, less exact."""
+    parts = total.split([t.shape[dim] for t in adapters], dim)
+    whole = torch.contiguous_format
+    return [p.to(t.dtype, copy=True, memory_format=whole) for p, t in zip(parts, adapters, strict=True)]
+
+
 def lora_shrink_reference(x, lora_A, dropout_p, seed):
     d = dropped(x, dropout_p, seed)
     return join([F.linear(d, a.to(d.dtype)) for a in lora_A], x, d.dtype)
@@ -61,8 +68,7 @@ def lora_shrink_backward_reference(dz, x, lora_A, dropout_p, seed, needs):
         d = sum((g @ a.to(g.dtype) for g, a in zip(parts, lora_A, strict=True)), torch.zeros_like(x, dtype=wide(x)))
         dx = dropped(d, dropout_p, seed).to(x.dtype)
     if need_A:
-        d = flat(dropped(x, dropout_p, seed))
-        dA = [(flat(g).T @ d).to(a.dtype) for g, a in zip(parts, lora_A, strict=True)]
+        dA = apart(flat(dz.to(wide(x))).T @ flat(dropped(x, dropout_p, seed)), lora_A, 0)
     return dx.contiguous(), dA
 
 

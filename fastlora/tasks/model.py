@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import inspect
 
 import torch
 from torch import nn
@@ -12,17 +11,14 @@ from fastlora.nn.bank import Bank, TaskAdapter, TaskProjection, Wrapped, escape
 from fastlora.nn.convert import check_convertible, convert
 from fastlora.nn.fastpath import holds_adapters, update_fast_paths
 from fastlora.nn.layer import LoRALayer, check_adapter
-from fastlora.nn.switch import checkpoint_context, selected, selection
+from fastlora.nn.switch import selected, selection
 from fastlora.ops import check
 from fastlora.tasks import state
 from fastlora.tasks.adapters import becomes_bank, custom_constructor, default_rank, find, make_adapter
+from fastlora.wrapper import Owner, Wrapper
 
 
-class Owner:
-    """The key under which a thread's choice of tasks is kept; a copy of a Model has its own."""
-
-
-class Model(nn.Module):
+class Model(Wrapper):
     """A model with named tasks: `model(x, task="a")`, `model(x, tasks={"a": 0.7, "b": 0.3})`, `with model.task("a"):`.
 
     Every linear layer, embedding, convolution and nn.MultiheadAttention of `model`, or those that `target_modules`
@@ -64,21 +60,6 @@ class Model(nn.Module):
                 parent, _, child = name.rpartition(".")
                 modules[parent].add_module(child, wrapped[id(module)])
         return wrapped.get(id(model), model)
-
-    def __getattr__(self, name):
-        # what a Trainer asks of a model: config, device, generate
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-    @property
-    def accepts_loss_kwargs(self):
-        """What a Trainer asks before it passes num_items_in_batch: whether the wrapped model takes any keyword."""
-        kinds = [parameter.kind for parameter in inspect.signature(self.model.forward).parameters.values()]
-        return getattr(self.model, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds)
 
     def lora_layers(self):
         """The layers that hold tasks."""
@@ -180,14 +161,6 @@ class Model(nn.Module):
         check.value(task is None or tasks is None, "tasks", "task as well", "one of the two")
         chosen = tasks if task is None else task
         return selected(self.owner, *(selection(self.owner) if chosen is None else self._choose(chosen)))
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """transformers' method, with `context_fn=fastlora.checkpoint_context`: a recompute runs the forward's tasks."""
-        given = dict(gradient_checkpointing_kwargs or {})
-        reentrant = given.setdefault("use_reentrant", False)
-        check.value(not reentrant, "use_reentrant", reentrant, "False: a reentrant recompute cannot know the tasks")
-        given.setdefault("context_fn", checkpoint_context)
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
 
     def state_dict(self, task=None, destination=None, prefix="", keep_vars=False):
         """A task's tensors, or, where `task` is None, those of the base model alone, under the model's own names.

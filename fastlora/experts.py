@@ -1,0 +1,66 @@
+"""Several adapters, from PEFT's folders or from tensors, in one model whose layers become banks of them."""
+
+import torch
+from torch import nn
+
+from fastlora.checkpoint.folder import read_adapter
+from fastlora.nn.bank import Bank, TaskAdapter, escape
+from fastlora.nn.convert import check_convertible, convert, like
+from fastlora.nn.fastpath import holds_adapters, update_fast_paths
+from fastlora.ops import check
+
+
+@torch.no_grad()
+def open_experts(model, adapters, owner, bank=Bank, dtype=None):
+    """Make the layers of a plain model, in place, banks of the frozen adapters {name: folder or tensors by name}.
+
+    Returns {name: layer} in the model's order; `layer.place` is its number. Ranks, lora_alpha and the layers adapted
+    may differ. `owner` is the key of the selection (`nn/switch.py`); `bank` the mixin. Adapters are float32 (float64 on
+    a float64 base) unless `dtype` says otherwise; a layer has one dropout, the adapters' largest. The base is frozen.
+    Raises ValueError, naming the adapter and what was expected, before anything changes.
+    """
+    check.kind(isinstance(model, nn.Module), "model", type(model).__name__, "an nn.Module")
+    check.value(not any(map(holds_adapters, model.modules())), "model", "a model with adapters", "a plain one")
+    check.kind(isinstance(adapters, dict), "adapters", type(adapters).__name__, "a dictionary {name: folder}")
+    check.value(adapters, "adapters", "none", "at least one")
+    read = {name: _read(model, name, source) for name, source in adapters.items()}
+    modules = dict(model.named_modules())
+    adapted = {planned.path for plan, _ in read.values() for planned in plan.values()}
+    paths = [path for path in modules if path in adapted]
+    for path in paths:
+        check_convertible(path, modules, None)
+    bases = {path: like(modules[path]) for path in paths}
+    for path in paths:
+        convert(modules[path], bank)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Bank)}
+    for place, layer in enumerate(layers.values()):
+        layer.open(owner, max(config.get("lora_dropout", 0.0) for _, config in read.values()))
+        layer.place = place
+        # PEFT's form of a convolution is what a PEFT folder holds
+        vars(layer).pop("form", None)
+    for name, (plan, _) in read.items():
+        for layer, planned in plan.items():
+            layers[layer].tasks[escape(name)] = _adapter(planned, bases[planned.path], dtype)
+    update_fast_paths(model)
+    return layers
+
+
+def _read(model, name, source):
+    check.kind(isinstance(name, str) and name, "adapters", repr(name), "a name")
+    try:
+        plan, config, base = read_adapter(model, source)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"fastlora: adapters[{name!r}]: {error}") from error
+    check.value(not base, f"adapters[{name!r}]", "biases that were trained with it", "an adapter alone")
+    return plan, config
+
+
+def _adapter(planned, base, dtype):
+    adapter = TaskAdapter()
+    dtype = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
+    shapes = planned.lora_A.shape, planned.lora_B.shape
+    adapter.attach_factors(shapes, planned.r, planned.lora_alpha, dtype, base.device)
+    adapter.lora_A.copy_(planned.lora_A)
+    adapter.lora_B.copy_(planned.lora_B)
+    adapter.set_scale(1.0)
+    return adapter.requires_grad_(False)

@@ -1,0 +1,39 @@
+"""A module around a model that answers in its place what a Trainer or a user asks of it."""
+
+import inspect
+
+from torch import nn
+
+from fastlora.nn.switch import checkpoint_context
+from fastlora.ops import check
+
+
+class Owner:
+    """The key under which a thread's choice of adapters is kept; a copy of a model has its own."""
+
+
+class Wrapper(nn.Module):
+    """Holds `model`, and has its attributes."""
+
+    def __getattr__(self, name):
+        # what a Trainer asks of a model: config, device, generate
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def accepts_loss_kwargs(self):
+        """What a Trainer asks before it passes num_items_in_batch: whether the wrapped model takes any keyword."""
+        kinds = [parameter.kind for parameter in inspect.signature(self.model.forward).parameters.values()]
+        return getattr(self.model, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """transformers' method, with `context_fn=fastlora.checkpoint_context`: a recompute runs the same adapters."""
+        given = dict(gradient_checkpointing_kwargs or {})
+        reentrant = given.setdefault("use_reentrant", False)
+        check.value(not reentrant, "use_reentrant", reentrant, "False: a reentrant recompute cannot know the adapters")
+        given.setdefault("context_fn", checkpoint_context)
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
