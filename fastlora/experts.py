@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fastlora.checkpoint.folder import read_adapter
+from fastlora.checkpoint.folder import read_adapter, write_adapter
 from fastlora.nn.bank import Bank, TaskAdapter, escape
 from fastlora.nn.convert import check_convertible, convert, like
 from fastlora.nn.fastpath import holds_adapters, update_fast_paths
@@ -16,7 +16,7 @@ def open_experts(model, adapters, owner, bank=Bank, dtype=None):
 
     Returns {name: layer} in the model's order; `layer.place` is its number. Ranks, lora_alpha and the layers adapted
     may differ. `owner` is the key of the selection (`nn/switch.py`); `bank` the mixin. Adapters are float32 (float64 on
-    a float64 base) unless `dtype` says otherwise; a layer has one dropout, the adapters' largest. The base is frozen.
+    a float64 base) unless `dtype` says otherwise; a layer has one dropout, the adapters' largest.
     Raises ValueError, naming the adapter and what was expected, before anything changes.
     """
     check.kind(isinstance(model, nn.Module), "model", type(model).__name__, "an nn.Module")
@@ -64,3 +64,26 @@ def _adapter(planned, base, dtype):
     adapter.lora_B.copy_(planned.lora_B)
     adapter.set_scale(1.0)
     return adapter.requires_grad_(False)
+
+
+class _Expert:
+    """One adapter of a bank, described as the layer that has it alone."""
+
+    def __init__(self, layer, key):
+        self._layer, self._key, self._adapter = layer, key, getattr(layer, "tasks", {key: None})[key]
+
+    def __getattr__(self, name):
+        if name == "tasks":
+            raise AttributeError(name)
+        return getattr(self._adapter if name in ("r", "lora_alpha", "lora_A", "lora_B") else self._layer, name)
+
+    def projections(self):
+        return {name: _Expert(projection, self._key) for name, projection in self._layer.projections().items()}
+
+
+def save_expert(model, name, folder):
+    """Write one adapter of the banks as a folder in PEFT's format."""
+    key, modules = escape(name), dict(model.named_modules())
+    held = {path: m for path, m in modules.items() if isinstance(m, Bank) and key in m.tasks}
+    own = [path if m.kind != "projection" else path.rpartition(".")[0] for path, m in held.items()]
+    write_adapter(model, {path: _Expert(modules[path], key) for path in own}, folder)

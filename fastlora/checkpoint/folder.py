@@ -41,9 +41,16 @@ def save_adapter(model, folder):
     adapter for q, k and v: where their lora_A differ, they are stacked to rank g·r. lora_alpha is scaled with the rank.
     Raises ValueError, naming the layer, for one that PEFT does not have.
     """
-    layers = _adapted(model)
+    inside, modules = lora_layers(model), dict(model.named_modules())
+    check.value(inside, "model", "LoRA layers without an adapter of their own", "one with adapters")
+    own = {name: name if m.kind != "projection" else name.rpartition(".")[0] for name, m in inside.items()}
+    layers = {name: modules[name] for name in own.values()}
+    write_adapter(model, layers, folder, _trained_biases(model, layers))
+
+
+def write_adapter(model, layers, folder, bias="none"):
+    """`save_adapter` of these {name: layer}, which need no more than a layer's description and tensors."""
     _warn_of_convolutions(layers)
-    bias = _trained_biases(model, layers)
     written = {name: write(layer, "peft", name) for name, layer in layers.items()}
     named = {join(path, name): tensor for path, tensors in written.items() for name, tensor in tensors.items()}
     named.update(_biases(model, layers, bias))
@@ -57,14 +64,6 @@ def save_adapter(model, folder):
     config = json.dumps(_config(model, layers, written, bias), indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _adapted(model):
-    """{name: LoRA layer, or attention layer with projections}, once for a layer that stands under two names."""
-    inside, modules = lora_layers(model), dict(model.named_modules())
-    check.value(inside, "model", "LoRA layers without an adapter of their own", "one with adapters")
-    own = {name: name if m.kind != "projection" else name.rpartition(".")[0] for name, m in inside.items()}
-    return {name: modules[name] for name in own.values()}
 
 
 def _warn_of_convolutions(layers):

@@ -1,0 +1,38 @@
+"""X-LoRA: a mixture of LoRA experts, gated for each token by a classifier on the model's own last hidden state.
+
+    y = x Wᵀ + bias + Σ_e g_e · scale_e (x A_eᵀ) B_eᵀ
+
+One call of the op in each layer, whatever the number of experts. Source: Buehler and Buehler 2024, arXiv 2402.07148.
+"""
+
+from fastlora.mixture.classifier import xLoRAClassifier
+from fastlora.mixture.config import xLoRAConfig
+from fastlora.mixture.files import load_scalings_log
+from fastlora.mixture.functions import (
+    add_xlora_to_model,
+    disable_scalings_logging,
+    enable_scalings_logging,
+    flush_log_scalings,
+    from_pretrained,
+    get_nb_trainable_parameters,
+    print_scalings_predictions,
+    set_scalings_with_lifetime,
+)
+from fastlora.mixture.model import xLoRAModel
+from fastlora.model import print_trainable_parameters
+
+__all__ = [
+    "add_xlora_to_model",
+    "disable_scalings_logging",
+    "enable_scalings_logging",
+    "flush_log_scalings",
+    "from_pretrained",
+    "get_nb_trainable_parameters",
+    "load_scalings_log",
+    "print_scalings_predictions",
+    "print_trainable_parameters",
+    "set_scalings_with_lifetime",
+    "xLoRAClassifier",
+    "xLoRAConfig",
+    "xLoRAModel",
+]

@@ -1,0 +1,84 @@
+"""X-LoRA's functions. Those of its first version that name no model mean the mixture that was made last."""
+
+import os
+
+import torch
+
+from fastlora.mixture import files
+from fastlora.mixture.config import xLoRAConfig
+from fastlora.mixture.model import latest, xLoRAModel
+from fastlora.ops import check
+
+
+def add_xlora_to_model(model, xlora_config, adapters=None, verbose=False):
+    """Give a plain Hugging Face model a mixture of these experts, {name: PEFT folder}, in place; returns an xLoRAModel.
+
+    `adapters` default to the configuration's. The model and the experts are frozen, the classifier trains. Raises
+    ValueError, with the model as it was, for an expert of another model, or a field that does not fit. Source: X-LoRA,
+    Buehler and Buehler 2024, arXiv 2402.07148.
+    """
+    if isinstance(adapters, bool):
+        # the later version's order: model, configuration, verbose
+        adapters, verbose = None, adapters
+    check.kind(isinstance(xlora_config, xLoRAConfig), "xlora_config", type(xlora_config).__name__, "an xLoRAConfig")
+    adapters = xlora_config.adapters if adapters is None else adapters
+    mixture = xLoRAModel(model, xlora_config, adapters)
+    xlora_config.adapters = {n: str(f) if isinstance(f, (str, os.PathLike)) else None for n, f in adapters.items()}
+    if verbose:
+        print(f"{len(mixture.expert_names)} experts on {len(mixture.experts)} layers")
+    return mixture
+
+
+def from_pretrained(load_directory, model, adapters=None, verbose=False, device=None, from_safetensors=True):
+    """A mixture from a folder of xlora's or of PEFT's, on a plain model, in place; returns an xLoRAModel.
+
+    `adapters`: {name: folder}, in the order that the classifier was trained with; or a list of names, or None, of
+    experts that were saved below `load_directory`. `device`: the classifier's. Raises ValueError or OSError, with the
+    model as it was, for files that are missing or do not fit.
+    """
+    config, peft = files.read_config(load_directory)
+    names = config.adapters or ()
+    if not isinstance(adapters, dict):
+        adapters = files.expert_folders(load_directory, names if adapters is None else adapters)
+    count = len(adapters) == len(names) or not names
+    check.value(count, "adapters", f"{len(adapters)} experts", f"{len(names)}, as the classifier was trained with")
+    config.device = None if device is None else torch.device(device)
+    mixture = add_xlora_to_model(model, config, adapters, verbose)
+    try:
+        tensors = files.read_classifier(load_directory, mixture.xlora_classifier, peft, from_safetensors)
+    except (ValueError, OSError):
+        mixture.remove()
+        raise
+    mixture.xlora_classifier.load_state_dict(tensors)
+    return mixture
+
+
+def enable_scalings_logging():
+    """Keep every output of the classifier from now on."""
+    latest().enable_scalings_logging()
+
+
+def disable_scalings_logging():
+    """Keep no more outputs of the classifier, and forget those kept, as the first version does."""
+    latest().disable_scalings_logging()
+    latest().clear_scalings_log()
+
+
+def flush_log_scalings(path):
+    """Write the log to numpy files and forget it."""
+    latest().flush_log_scalings(path)
+
+
+def print_scalings_predictions(n_predictions_lifetime):
+    """Print the classifier's next n outputs."""
+    latest().print_scalings_predictions(n_predictions_lifetime)
+
+
+def set_scalings_with_lifetime(value, n_accesses_lifetime):
+    """Use the gates `value`, (batch, n), in the next so many forwards, then the former ones."""
+    latest().set_scalings_with_lifetime(value, n_accesses_lifetime)
+
+
+def get_nb_trainable_parameters(model):
+    """(number of trained parameters, number of all)"""
+    return model.get_nb_trainable_parameters()

@@ -1,0 +1,216 @@
+"""The model with a mixture of experts, and X-LoRA's methods on it."""
+
+import warnings
+import weakref
+
+import torch
+
+from fastlora.experts import open_experts
+from fastlora.mixture import files
+from fastlora.mixture.classifier import xLoRAClassifier
+from fastlora.mixture.stack import Stack, is_cross, stacks_of
+from fastlora.model import disable_adapter, make_plain, print_trainable_parameters
+from fastlora.nn.bank import escape
+from fastlora.nn.convert import like
+from fastlora.nn.switch import switch
+from fastlora.ops import check
+from fastlora.wrapper import Owner, Wrapper
+
+# the one that the first version's functions mean, which name no model
+_latest = None
+
+
+def latest():
+    """The mixture made last. Raises RuntimeError where there is none."""
+    model = _latest and _latest()
+    if model is None:
+        raise RuntimeError("fastlora: there is no mixture yet, expected add_xlora_to_model before")
+    return model
+
+
+class xLoRAModel(Wrapper):
+    """A Hugging Face model, its experts frozen, and a classifier that gates them for each token.
+
+    y = x Wᵀ + bias + Σ_e g_e · scale_e (x A_eᵀ) B_eᵀ in each adapted layer, one call; g (batch, tokens, n) comes from
+    the last hidden state of the same model without experts. Made by `add_xlora_to_model`. Generation keeps a cache.
+    """
+
+    def __init__(self, model, config, adapters, dtype=None):
+        super().__init__()
+        global _latest
+        size = getattr(getattr(model, "config", None), "hidden_size", config.hidden_size)
+        given, k, n = config.hidden_size, config.top_k_lora, len(adapters)
+        check.value(given in (None, size), "hidden_size", given, f"{size}, the model's")
+        check.value(k is None or k <= n, "top_k_lora", k, f"at most {n}, the number of experts")
+        self.owner, self.keys, self.expert_names = Owner(), tuple(map(escape, adapters)), list(adapters)
+        layers, stacks = open_experts(model, adapters, self.owner, dtype=dtype), stacks_of(model)
+        inside = {id(module) for stack in stacks for module in stack.modules()}
+        outside = [name for name, layer in layers.items() if id(layer) not in inside]
+        if outside:
+            make_plain(model, merged=False)
+        check.value(not outside, "adapters", f"experts on {', '.join(outside)}", "layers of the transformer itself")
+        config.hidden_size = size
+        self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
+        self.model, self.xlora_config = model.requires_grad_(False), config
+        # past nn.Module's registration: they are the model's
+        self.__dict__["experts"] = list(layers.values())
+        self.xlora_classifier = xLoRAClassifier(config, len(layers), n, like(model))
+        self.scalings_logging, self.log_scalings, self.latest_scalings = False, [], None
+        # (gates, for how many forwards yet), how many predictions to print
+        self.fixed, self.prints = None, 0
+        self.set_scaling_pass_value(config.scaling_pass_value)
+        self.set_use_trainable_adapters(config.use_trainable_adapters)
+        cross = [layer.place for name, layer in layers.items() if is_cross(name)]
+        self.stacks = [Stack(self, stack, cross, counts=stack is stacks[-1]) for stack in stacks]
+        self.train(model.training)
+        _latest = weakref.ref(self)
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        """The model's `generate`, with its cache: but for gates of a whole sequence, which change with each token."""
+        if not self.xlora_config.per_token and kwargs.get("use_cache") is not False:
+            warnings.warn("fastlora: gates of a whole sequence: use_cache is switched off", stacklevel=2)
+            kwargs["use_cache"] = False
+        return self.model.generate(*args, **kwargs)
+
+    def remove(self):
+        """Take the mixture away again: returns the plain model, as it was before."""
+        for stack in self.stacks:
+            stack.unhook()
+        make_plain(self.model, merged=False)
+        for parameter in self.trained_before:
+            parameter.requires_grad = True
+        return self.model
+
+    def disable_adapter(self):
+        """Context manager: in this thread the model runs without its experts, and so without the scaling pass."""
+        return disable_adapter(self)
+
+    def is_disabled(self):
+        """Whether this thread runs the model without its experts."""
+        return bool(switch.off) and all(id(layer) in switch.off for layer in self.experts)
+
+    def scaling_pass(self):
+        """(keys, gates) of the pass that the classifier reads: none for the value 0."""
+        value = self.xlora_config.scaling_pass_value
+        if value == 0:
+            return (), None
+        gates = self.xlora_classifier.last.weight.new_full((len(self.keys),), value)
+        return self.keys, self.xlora_classifier.select(gates)
+
+    def predict(self, hidden, attention_mask, input_ids):
+        """The gates of one forward, kept and shown as asked."""
+        scalings = self.xlora_classifier(hidden, attention_mask, input_ids)
+        shown = scalings.expand(*scalings.shape[:-2], len(self.experts), -1)
+        self.latest_scalings = shown
+        if self.prints > 0:
+            print(f"Scaling predictions: {shown}")
+            self.prints -= 1
+        if self.scalings_logging:
+            self.log_scalings.append(shown.detach())
+        return self.gates_of(scalings)
+
+    def gates_of(self, scalings):
+        """What the layers take of the classifier's output: a tensor for all, or a tuple of one for each."""
+        gates = self.xlora_classifier.select(scalings).unbind(-2)
+        return gates if self.xlora_config.layerwise_scalings else gates[0]
+
+    def next_fixed_gates(self, counts):
+        """The gates of `set_scalings_with_lifetime` while they last, else None; `counts` uses up one forward."""
+        if self.fixed is None:
+            return None
+        gates, left = self.fixed
+        if counts:
+            self.fixed = (gates, left - 1) if left > 1 else None
+        return gates
+
+    def set_scalings_with_lifetime(self, value, n_accesses_lifetime):
+        """Use the gates `value`, (batch, n), in the next so many forwards (steps of a generation), then the former."""
+        fits = isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1] == len(self.keys)
+        got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        check.value(fits, "value", got, f"a tensor (batch, {len(self.keys)})")
+        whole = isinstance(n_accesses_lifetime, int) and n_accesses_lifetime > 0
+        check.value(whole, "n_accesses_lifetime", repr(n_accesses_lifetime), "a positive integer")
+        self.fixed = value * self.xlora_config.global_scaling_weight, n_accesses_lifetime
+
+    def get_latest_scalings(self):
+        """The classifier's last output, (batch, tokens, layers, n), or None."""
+        return self.latest_scalings
+
+    def enable_scalings_logging(self):
+        """Keep every output of the classifier from now on."""
+        self.scalings_logging = True
+
+    def disable_scalings_logging(self):
+        """Keep no more of them; those kept stay."""
+        self.scalings_logging = False
+
+    def clear_scalings_log(self):
+        """Forget the log."""
+        self.log_scalings = []
+
+    def get_scalings_log(self):
+        """The log: a list of (batch, tokens, layers, n)."""
+        return list(self.log_scalings)
+
+    def get_bucketed_scalings_log(self):
+        """{number of tokens: (positions in the log, tensors)}."""
+        buckets = {}
+        for i, scalings in enumerate(self.log_scalings):
+            positions, tensors = buckets.setdefault(scalings.shape[1], ([], []))
+            positions.append(i)
+            tensors.append(scalings)
+        return buckets
+
+    def flush_log_scalings(self, path):
+        """Write the log to numpy files, which `load_scalings_log` reads, and forget it. Raises ValueError if empty."""
+        check.value(self.log_scalings, "path", "an empty log", "enable_scalings_logging and a forward before")
+        files.write_log(self.log_scalings, path)
+        self.clear_scalings_log()
+
+    def print_scalings_predictions(self, n_predictions_lifetime):
+        """Print the classifier's next n outputs."""
+        self.prints = n_predictions_lifetime
+
+    def set_scaling_pass_value(self, value):
+        """The gates in the pass that the classifier reads; None is 1 / n."""
+        self.xlora_config.scaling_pass_value = 1 / len(self.keys) if value is None else value
+
+    def set_global_scaling_weight(self, weight):
+        """Multiply every expert's update by this."""
+        self.xlora_config.global_scaling_weight = weight
+
+    def get_global_scaling_weight(self):
+        return self.xlora_config.global_scaling_weight
+
+    def set_topk_lora(self, value):
+        """Use the `value` experts with the largest gates; None: all. Raises ValueError for more than there are."""
+        self.xlora_classifier.check_k(value)
+        self.xlora_config.top_k_lora = value
+
+    def get_topk_lora(self):
+        return self.xlora_config.top_k_lora
+
+    def set_use_trainable_adapters(self, use_trainable_adapters):
+        """Train the experts, or freeze them."""
+        for layer in self.experts:
+            layer.tasks.requires_grad_(use_trainable_adapters)
+        self.xlora_config.use_trainable_adapters = use_trainable_adapters
+
+    def get_use_trainable_adapters(self):
+        return self.xlora_config.use_trainable_adapters
+
+    def get_nb_trainable_parameters(self):
+        """(number of trained parameters, number of all)"""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self):
+        """Print both numbers, and the share in percent."""
+        print_trainable_parameters(self)
+
+    def save_pretrained(self, save_directory, safe_serialization=True, is_main_process=True, names="xlora"):
+        """Write the mixture as a folder of xlora's or of PEFT's ("peft"), with each expert in one of its own below."""
+        files.save(self, save_directory, safe_serialization, is_main_process, names)
