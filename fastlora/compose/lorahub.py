@@ -1,0 +1,181 @@
+"""sail-sg/lorahub's functions, for encoder-decoder and causal language models and classifiers.
+
+Source: Huang et al. 2023, arXiv 2307.13269; PyPI's lorahub 0.1.0.
+"""
+
+import importlib
+import json
+import pathlib
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.compose.bank import named, opened
+from fastlora.compose.optimise import optimise
+from fastlora.compose.search import default_l1_regularization, merge_composed, search
+from fastlora.ops import check
+
+LENGTH, NEW_TOKENS, IGNORED = 2048, 256, -100
+
+
+def lorahub_learning(
+    lora_module_list, example_inputs, example_outputs, max_inference_step, model_name_or_path=None, batch_size=None,
+    get_loss=None, get_regular=default_l1_regularization, seed=42, tokenizer=None, *, mode="lorahub", progress=True,
+    **options,
+):  # fmt: skip
+    """Find weights for LoRA modules on a few examples, and merge them: (weights (N,), merged model, tokenizer).
+
+    `lora_module_list`: folders in PEFT's format, names on Hugging Face's hub, or tensors by name, of any rank and
+    lora_alpha. `model_name_or_path`: a model, which is merged in place, or a name; None: the first module's base.
+    `tokenizer`: one, or a name; None: the model's. `max_inference_step` candidates are evaluated. Texts: an
+    encoder-decoder's labels are the outputs' tokens, a causal model's the output's after the input's and an end token,
+    a classifier's the outputs as names in config.label2id or numbers. The loss is a mean over examples of each one's
+    mean over its tokens; `get_loss=default_get_loss`, or get_loss(example_dataset, model, batch_size) -> number, has
+    the original's, for one candidate at a time. `options`: those of `search`. Raises ValueError naming the argument
+    for no module, one twice, one that does not fit the model; the model is then as it was. Source: sail-sg/lorahub.
+    """
+    check.value(lora_module_list, "lora_module_list", "none", "at least one LoRA module")
+    adapters = {name: _folder(source) for name, source in named(lora_module_list).items()}
+    counts = len(example_inputs), len(example_outputs)
+    check.value(counts[0] == counts[1] > 0, "example_outputs", f"{counts[1]} for {counts[0]} inputs", "one an input")
+    model, tokenizer = _load(model_name_or_path, tokenizer, adapters)
+    inputs = encode(model, tokenizer, example_inputs, example_outputs)
+    options |= {"steps": max_inference_step, "seed": seed, "progress": progress}
+    if get_loss is None:
+        row_losses = _class_losses if _kind(model) == "classifier" else None
+        result = search(model, adapters, inputs, row_losses, mode=mode, regular=get_regular, batch_size=batch_size,
+                        **options)  # fmt: skip
+    else:
+        single = options.get("population", 1) == 1 and options.get("method", "evolution") == "evolution"
+        check.value(single, "get_loss", "a function", "None with population or method='gradient': it has one candidate")
+        examples = Examples({"input": example_inputs, "output": example_outputs, **inputs})
+        with opened(model, adapters, mode) as owner:
+
+            def evaluate(weights):
+                with owner.running(weights.to(next(model.parameters()).device)):
+                    return torch.tensor([float(get_loss(examples, model, batch_size))])
+
+            result = optimise(evaluate, len(adapters), get_regular, **options)
+    return result.weights.numpy(), merge_composed(model, adapters, result.weights, mode), tokenizer
+
+
+@torch.no_grad()
+def lorahub_inference(
+    example_inputs, model_or_name_path, tokenizer_or_tokenizer_path, batch_size, example_outputs=None
+):
+    """(predicted texts, accuracy in percent): greedy, at most 256 new tokens; a classifier's are its labels' names.
+
+    The accuracy, None without `example_outputs`, counts equal texts, without case, full stops and outer blanks.
+    """
+    model, tokenizer = _load(model_or_name_path, tokenizer_or_tokenizer_path, {})
+    model.eval()
+    predictions = []
+    for start in range(0, len(example_inputs), batch_size):
+        inputs = encode(model, tokenizer, example_inputs[start : start + batch_size])
+        inputs = {name: value.to(next(model.parameters()).device) for name, value in inputs.items()}
+        if _kind(model) == "classifier":
+            names = getattr(model.config, "id2label", {})
+            predictions += [str(names.get(i, i)) for i in model(**inputs).logits.argmax(-1).tolist()]
+            continue
+        made = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
+        made = made[:, inputs["input_ids"].shape[1] :] if _kind(model) == "causal" else made
+        predictions += tokenizer.batch_decode(made.cpu(), skip_special_tokens=True)
+    if example_outputs is None:
+        return predictions, None
+    pairs = zip(predictions, example_outputs, strict=True)
+    return predictions, 100 * sum(_bare(made) == _bare(wanted) for made, wanted in pairs) / len(predictions)
+
+
+def default_get_loss(example_dataset, model, batch_size):
+    """The original's loss, which depends on batch_size: the sum of the batches' mean losses, over the examples."""
+    count, device = len(example_dataset), next(model.parameters()).device
+    size, total = min(count, batch_size or count), 0.0
+    for start in range(0, count, size):
+        rows = [example_dataset[i] for i in range(start, min(start + size, count))]
+        names = [name for name, value in rows[0].items() if not isinstance(value, str)]
+        batch = {name: torch.tensor([row[name] for row in rows], device=device) for name in names}
+        with torch.no_grad():
+            total += float(model(**batch).loss)
+    return total / count
+
+
+class Examples:
+    """What a `get_loss` gets: columns by name, rows by number, as of a `datasets.Dataset`."""
+
+    def __init__(self, columns):
+        self.columns = {k: v.tolist() if isinstance(v, torch.Tensor) else list(v) for k, v in columns.items()}
+
+    def __len__(self):
+        return len(self.columns["input"])
+
+    def __getitem__(self, key):
+        return self.columns[key] if isinstance(key, str) else {name: of[key] for name, of in self.columns.items()}
+
+
+def encode(model, tokenizer, inputs, outputs=None):
+    """The model's arguments as tensors; without `outputs` a causal model's are padded on the left, to be continued."""
+    kind, ids = _kind(model), tokenizer(list(inputs), max_length=LENGTH, truncation=True)["input_ids"]
+    end, labels = tokenizer.eos_token_id, None
+    if kind == "causal":
+        ids = [row[:-1] if len(row) > 1 and row[-1] == end else row for row in ids]
+    if outputs is not None and kind == "classifier":
+        known = getattr(model.config, "label2id", {})
+        labels = torch.tensor([known[text] if text in known else int(text) for text in outputs])
+    elif outputs is not None:
+        special = kind != "causal"
+        labels = tokenizer(list(outputs), max_length=LENGTH, truncation=True, add_special_tokens=special)["input_ids"]
+        if kind == "causal":
+            labels = [row + [end] * (end is not None) for row in labels]
+            ids, labels = zip(*((a + b, [IGNORED] * len(a) + b) for a, b in zip(ids, labels, strict=True)), strict=True)
+        labels = _padded(labels, IGNORED)
+    left = kind == "causal" and outputs is None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end or 0
+    found = {"input_ids": _padded(ids, pad, left), "attention_mask": _padded([[1] * len(row) for row in ids], 0, left)}
+    return found if labels is None else found | {"labels": labels}
+
+
+def _padded(rows, value, left=False):
+    side = "left" if left else "right"
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side=side)
+
+
+def _bare(text):
+    return str(text).strip().lower().replace(".", "")
+
+
+def _kind(model):
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "seq2seq"
+    return "causal" if hasattr(model, "can_generate") and model.can_generate() else "classifier"
+
+
+def _class_losses(outputs, inputs):
+    return F.cross_entropy(outputs.logits.float(), inputs["labels"], reduction="none")
+
+
+def _folder(source):
+    """A folder, downloaded if there is none of this name."""
+    if isinstance(source, dict) or pathlib.Path(source).is_dir():
+        return source
+    return importlib.import_module("huggingface_hub").snapshot_download(str(source), allow_patterns="adapter_*")
+
+
+def _load(model, tokenizer, adapters):
+    """The model and the tokenizer, by name or as they are; a model that is loaded goes to the GPU."""
+    if model is None:
+        first = next(iter(adapters.values()))
+        check.value(not isinstance(first, dict), "model_name_or_path", None, "a model, as the first module is tensors")
+        model = json.loads((pathlib.Path(first) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    transformers = importlib.import_module("transformers")
+    name = model if isinstance(model, str) else getattr(model, "name_or_path", None)
+    if isinstance(model, str):
+        config = transformers.AutoConfig.from_pretrained(model)
+        ends = {"ForSequenceClassification": "AutoModelForSequenceClassification"}
+        kind = next((cls for end, cls in ends.items() if (config.architectures or [""])[0].endswith(end)),
+                    "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM")  # fmt: skip
+        model = getattr(transformers, kind).from_pretrained(model)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer or name)
+    return model, tokenizer
