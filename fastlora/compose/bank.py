@@ -159,7 +159,8 @@ def opened(model, adapters, mode):
     try:
         with torch.no_grad():
             owner.stack(layers, adapters)
-        yield model.eval().requires_grad_(False) and owner
+        model.eval().requires_grad_(False)
+        yield owner
     finally:
         make_plain(model, merged=False)
         for module, mode_before in training:
