@@ -13,7 +13,6 @@ from fastlora.compose.bank import named, opened
 from fastlora.compose.optimise import optimise
 from fastlora.compose.search import Examples, language_losses
 
-pytest.importorskip("nevergrad")
 pytestmark = pytest.mark.filterwarnings("ignore:COBYLA")
 
 
