@@ -25,10 +25,10 @@ MODES = ("lorahub", "sum")
 
 
 class Composition:
-    """The owner of a model's banks: each layer's adapters, stacked once, and the number of rows in the forward."""
+    """The owner of a model's banks: each layer's adapters, stacked once, and the sizes of the forward."""
 
     def __init__(self, mode):
-        self.mode, self.stacks, self.rows, self.one = mode, {}, 1, torch.ones(())
+        self.mode, self.stacks, self.rows, self.tokens, self.one = mode, {}, 1, set(), torch.ones(())
 
     def stack(self, layers, names):
         """Stack the factors of each layer's adapters, and take the adapters themselves out."""
@@ -36,11 +36,13 @@ class Composition:
             groups = getattr(layer, "groups", 1)
             check.value(groups == 1, name, f"a convolution with groups = {groups}", "one with groups = 1")
             tasks = [layer.tasks._modules.get(escape(adapter)) for adapter in names]
-            r = max(task.r for task in tasks if task is not None)
-            pairs = [_padded(task, r) for task in tasks if task is not None]
-            blank = tuple(map(torch.zeros_like, pairs[0]))
-            pairs = iter(pairs)
-            A, B = zip(*(blank if task is None else next(pairs) for task in tasks), strict=True)
+            held = [task for task in tasks if task is not None]
+            if not held:
+                # a projection of an attention layer
+                continue
+            r = max(task.r for task in held)
+            blank = tuple(map(torch.zeros_like, _padded(held[0], r)))
+            A, B = zip(*(blank if task is None else _padded(task, r) for task in tasks), strict=True)
             shapes = A[0].shape, B[0].shape
             if self.mode == "lorahub":
                 A, B = (torch.stack(factors).flatten(1) for factors in (A, B))
@@ -50,9 +52,11 @@ class Composition:
             layer.tasks.clear()
 
     @contextlib.contextmanager
-    def running(self, weights, rows=1):
-        """In this thread, run the candidates `weights` (P, N), each on its share of a forward's rows."""
-        self.rows = rows
+    def running(self, weights, *inputs):
+        """In this thread, run the candidates `weights` (P, N), each on its share of the rows of the model's inputs."""
+        self.rows = len(inputs[0]) if inputs else 1
+        # what a layer sees that gets all tokens, row by row, in one dimension
+        self.tokens = {t.shape[:2].numel() for t in inputs if t.dim() > 1}
         with selected(self, ("composed",), weights):
             yield
 
@@ -102,9 +106,9 @@ class Composed(Bank):
         if self.kind not in ("linear", "projection"):
             gates = torch.eye(len(A), dtype=A.dtype, device=A.device).repeat_interleave(share, 0)
             return self.run((A.unbind(), B.unbind(), self.owner.one, gates), x, *args, **kwargs)
-        flat = x.dim() == 2 and len(x) % rows == 0
-        check.value(len(x) in (1, rows) or flat, "x", f"shape {tuple(x.shape)}", f"{rows} rows, the batch first")
-        x = x if len(x) % rows == 0 else x.expand(rows, *x.shape[1:])
+        known = len(x) in (1, rows) or x.dim() == 2 and len(x) in self.owner.tokens
+        check.value(known, "x", f"shape {tuple(x.shape)}", f"{rows} rows, the batch first, or all their tokens")
+        x = x if len(x) >= rows else x.expand(rows, *x.shape[1:])
         # one product with W for all rows, and two batched ones: less work than a gate for each of P adapters
         base = self.run(None, x, *args, **kwargs)
         A, B = A.to(base.dtype), B.to(base.dtype)

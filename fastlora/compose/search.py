@@ -90,7 +90,7 @@ class Examples:
                              for part in parts]  # fmt: skip
         for inputs in self.tiled[P]:
             rows = len(next(iter(inputs.values())))
-            with owner.running(weights, rows):
+            with owner.running(weights, *inputs.values()):
                 outputs = self.model(**{name: value for name, value in inputs.items() if name != "labels"})
             losses = self.row_losses(outputs, inputs)
             got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__

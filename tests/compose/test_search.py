@@ -148,8 +148,9 @@ def test_flattened_tokens_and_a_row_for_all():
         apart = torch.cat([examples.losses(owner, w) for w in weights[:, None]])
         torch.testing.assert_close(together, apart)
         torch.testing.assert_close(together[2], model.eval()(x).mean())
-        with pytest.raises(ValueError, match=r"x: got shape \(5, 3\), expected 6 rows"), owner.running(weights, 6):
-            model.fc(torch.randn(5, 3))
+        # some of the tokens, as an expert of several gets: whose they are is not known
+        with owner.running(weights, x.repeat(3, 1, 1)), pytest.raises(ValueError, match=r"x: got shape \(12, 3\)"):
+            model.fc(torch.randn(12, 3))
 
 
 @pytest.mark.parametrize("mode", ["lorahub", "sum"])
@@ -170,6 +171,15 @@ def test_a_search_finds_what_it_says(mode, options):
     assert bests == sorted(bests, reverse=True)
     again = search(model, adapters, INPUTS, class_losses, mode=mode, steps=48, **options)
     assert torch.equal(result.weights, again.weights)
+
+
+def test_a_projection_without_an_adapter():
+    adapters = [{k: v for k, v in adapter(i, layers=("attention",)).items() if "out_proj" not in k} for i in range(2)]
+    merged = merge_composed(build(), adapters, [0.5, 1.0])
+    assert torch.equal(merged.attention.out_proj.weight, build().attention.out_proj.weight)
+    assert not torch.equal(merged.attention.in_proj_weight, build().attention.in_proj_weight)
+    found = [search(build(), adapters, INPUTS, class_losses, steps=8, population=p).history[0][2] for p in (1, 8)]
+    assert found[1] <= found[0] == pytest.approx(objective(build(), adapters, [0.0, 0.0]))
 
 
 def test_a_grouped_convolution_is_refused():
