@@ -51,6 +51,26 @@ class LayerCase:
         return f"{self.op}/{self.mode}/m{self.m}"
 
 
+@dataclass(frozen=True)
+class MixtureCase:
+    """Eight experts of rank 16: one gated layer (1024, 1024), or a Llama of 4 layers, 512 wide, with m tokens."""
+
+    op: str  # gated (a layer), xlora (a model's forward) or generate (64 tokens after m)
+    mode: str
+    m: int
+    dtype: str = "fp32"
+
+    @property
+    def name(self):
+        return f"mixture/{self.op}/{self.mode}/{self.dtype}/m{self.m}"
+
+
+_MIXTURES = [
+    *(MixtureCase("gated", "forward", m, dtype) for m in (1, 256) for dtype in DTYPES),
+    *(MixtureCase("gated", "training", 256, dtype) for dtype in DTYPES),
+    MixtureCase("xlora", "forward", 256),
+    MixtureCase("generate", "forward", 256),
+]
 _LAYERS = {
     "merged": [("training", m) for m in (1, 64, 512)],
     "embedding": [("training", 4096)],
@@ -66,6 +86,8 @@ def cases(op, device):
     """The grid of one op on one kind of device."""
     if op in _LAYERS:
         return [LayerCase(op, mode, m) for mode, m in _LAYERS[op]]
+    if op == "mixture":
+        return _MIXTURES
     if op == "smollm2":
         return [DecodeCase(batch, dtype) for dtype in DTYPES for batch in (1, 4)]
     sizes, shapes = (_CPU_M, _CPU_SHAPES) if device == "cpu" else (_CUDA_M, _CUDA_SHAPES)
@@ -88,6 +110,8 @@ def methods(case):
     if isinstance(case, LayerCase):
         # eight tasks at once stand beside one
         return ["base", "fastlora", "fastlora_8" if case.op == "tasks" else "loralib"]
+    if isinstance(case, MixtureCase):
+        return ["base", "fastlora", "peft"]
     if isinstance(case, DecodeCase):
         return ["base", "fastlora", "loralib", "peft"]
     return [
@@ -108,6 +132,7 @@ GATES = {
     "merged": ("tests/ops/test_linear.py", "tests/nn/test_merged.py"),
     "embedding": ("tests/ops/test_contract.py", "tests/nn/test_embedding.py"),
     "tasks": ("tests/ops/test_linear.py", "tests/tasks/test_model.py"),
+    "mixture": ("tests/ops/test_linear.py", "tests/mixture"),
     "smollm2": ("tests/ops/test_linear.py", "tests/nn/test_linear.py", "tests/test_model.py"),
 }
 OPS = tuple(GATES)

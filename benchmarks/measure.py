@@ -5,7 +5,7 @@ import functools
 import torch
 
 from . import layers, variants
-from .cases import DTYPES, DecodeCase, LayerCase, LinearCase
+from .cases import DTYPES, DecodeCase, LayerCase, LinearCase, MixtureCase
 from .clock import peak_bytes, time_cpu, time_cuda
 
 # More than any GPU's L2 cache: a weight that is used again has left it.
@@ -93,4 +93,12 @@ def _decode_calls(case, device, methods):
     return {m: [models.decode_step(adapted[m], tokens)] for m in methods}
 
 
-_CALLS = {LinearCase: _linear_calls, DecodeCase: _decode_calls, LayerCase: variants.calls}
+def _mixture_calls(case, device, methods):
+    from . import mixtures
+
+    return mixtures.calls(case, device, methods)
+
+
+_CALLS = {
+    LinearCase: _linear_calls, DecodeCase: _decode_calls, LayerCase: variants.calls, MixtureCase: _mixture_calls,
+}  # fmt: skip

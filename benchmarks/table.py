@@ -23,6 +23,12 @@ BARS = {
     ("embedding-training-m4096-over-fastlora", "loralib"): (">=", 1.5),
     **{(f"tasks-{mode}-m1-over-fastlora", "fastlora_8"): ("<=", 2.0) for mode in ("forward", "training")},
     **{(f"tasks-{mode}-m256-over-fastlora", "fastlora_8"): ("<=", 1.5) for mode in ("forward", "training")},
+    **{(f"mixture-gated-forward-{d}-m256-over-base", "fastlora"): ("<=", 1.45) for d in ("fp32", "bf16")},
+    **{(f"mixture-gated-training-{d}-m256-over-fastlora", "peft"): (">=", 1.8) for d in ("fp32", "bf16")},
+    ("mixture-gated-forward-bf16-m1-over-fastlora", "peft"): (">=", 5.0),
+    ("mixture-gated-forward-fp32-m1-over-fastlora", "peft"): (">=", 3.0),
+    ("mixture-xlora-forward-fp32-m256-over-fastlora", "peft"): (">=", 1.7),
+    ("mixture-generate-forward-fp32-m256-over-fastlora", "peft"): (">=", 7.0),
     **{(f"smollm2-decode-{d}-b{b}-over-base", "fastlora"): ("<=", 0.95) for d in ("fp32", "bf16") for b in (1, 4)},
     **{(f"smollm2-decode-{d}-b{b}-over-fastlora", "peft"): (">=", 1.5) for d in ("fp32", "bf16") for b in (1, 4)},
 }

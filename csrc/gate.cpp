@@ -65,6 +65,19 @@ Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef rank
     });
     return gate;
   }
+  const auto E = static_cast<int64_t>(ranks.size());
+  if (gates && E && like.is_cpu() && gates->numel() == rows_of(like) * E) {
+    // for each token and adapter: one pass instead of eight calls, which at one token cost more than the layer
+    const auto given = gates->to(dtype).contiguous(), scale = scaling.to(dtype).contiguous();
+    gate.rows = at::empty({rows_of(like), R}, given.options());
+    AT_DISPATCH_FLOATING_TYPES(dtype, "gate", [&] {
+      const auto *from = given.const_data_ptr<scalar_t>(), *s = scale.const_data_ptr<scalar_t>();
+      auto* to = gate.rows.data_ptr<scalar_t>();
+      for (int64_t m = 0; m < gate.rows.size(0); m++)
+        for (int64_t e = 0; e < E; e++) to = std::fill_n(to, ranks[e], *from++ * s[scale.numel() == 1 ? 0 : e]);
+    });
+    return gate;
+  }
   auto g = scaling.to(like.device(), dtype);
   if (gates) g = g * gates->to(dtype);
   g = spread(g, ranks);

@@ -89,7 +89,7 @@ def _calls(layer, weight):
     """(op, its arguments) of a layer's forward, for an input of one row; none for a convolution with W + ΔW."""
     A, B, scaling, gates = layer.adapters()
     gates = None if gates is None or gates.dim() > 1 else gates
-    ranks = rank_list([a.shape[0] for a in A], gates)
+    ranks = rank_list(A, gates)
     if layer.kind == "merged":
         B = tuple(map(layer.block_form, B))
     if weight is not None or isinstance(layer, DenseLoRA):

@@ -214,8 +214,11 @@ def set_scale(model, scale):
 
 def refresh(model):
     """Drop everything derived from the weights, after a write that nothing can see (through `.data`, say)."""
-    for layer in lora_layers(model, named_tasks=True).values():
-        layer.refresh()
+    lora_layers(model, named_tasks=True)
+    # also those whose tasks are not chosen now
+    for layer in model.modules():
+        if isinstance(layer, LoRALayer):
+            layer.refresh()
 
 
 def _require_grad(module, args, output):

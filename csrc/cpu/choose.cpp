@@ -1,6 +1,10 @@
 // Which instruction set and which form: from what the CPU can do, the type and the shape, nothing else.
 #include "choose.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -51,10 +55,24 @@ bool fast_bf16() {
 #endif
 }
 
+// CPUID leaf 7: AMX-BF16 and AMX-TILE, which g++ 12 has no name for; the kernel must save the tiles too (XCR0, bits 17, 18).
+bool has_amx() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d, low, high;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22)) || !(d & (1u << 24))) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return false;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & 0x60000) == 0x60000;
+#else
+  return false;
+#endif
+}
+
 Cpu detect() {
   Cpu cpu{};
 #if defined(__x86_64__)
   cpu.intel = __builtin_cpu_is("intel");
+  cpu.amx = has_amx();
 #endif
   const char* pin = std::getenv("FASTLORA_CPU");
   std::string name = pin ? pin : "";
@@ -65,7 +83,7 @@ Cpu detect() {
   Isa isa = kPortable;
   for (int i = 0; i < kIsaCount; i++)
     if (kernels(Isa(i))) isa = Isa(i);
-  bool pinned = !name.empty();
+  bool pinned = cpu.pinned = !name.empty();
   if (pinned) {
     isa = kIsaCount;
     for (int i = 0; i < kIsaCount; i++)
@@ -97,6 +115,7 @@ const Cpu& cpu() {
 // and bf16: oneDNN packs it faster, the more so where w lies along n.
 Form choose(const Shape& s, const Cpu& cpu) {
   const bool dot_bf16 = s.type == kBFloat16 && cpu.dot_bf16;
+  if (s.type == kBFloat16 && cpu.amx && s.M >= 8 && !cpu.pinned) return kVendor;
   if (s.w_along_k && !s.masked && s.M <= (dot_bf16 ? 32 : 64)) return kDot;
   if (!s.w_along_k && s.M <= 4) return kDirect;
   if (s.type == kFloat && cpu.intel && s.M >= 128) return kVendor;

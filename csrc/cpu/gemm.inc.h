@@ -17,8 +17,12 @@ struct Update {
   const Gemm& p;
   int64_t m0, width;
   float *zg, *b;
+  bool lone;               // b's rows are read where they lie: one adapter, fp32, of whole vectors
+  mutable const float* at; // this panel's first row
+  mutable int64_t ld;
 
   Update(const Gemm& p, Scratch& s) : p(p), m0(0), width(round_up(p.R, VL)) {
+    lone = sizeof(T) == 4 && p.adapters == 1 && p.f->type == kFloat && p.f->along_rank && p.f->rank == width;
     zg = s.take<float>(kDotRows * width);
     b = s.take<float>(8 * width + VL);
     for (int64_t i = 0; i < 8 * width; i += VL) store(b + i, vf{});
@@ -30,7 +34,9 @@ struct Update {
   }
   template <int NR>
   INLINE void start(int64_t n) const {
-    for (int j = 0; j < NR; j++) {
+    at = lone ? (const float*)p.f->data + n * p.f->ld : b;
+    ld = lone ? p.f->ld : width;
+    for (int j = 0; j < NR && !lone; j++) {
       float* out = b + j * width;
       for (int e = 0; e < p.adapters; out += p.f[e++].rank) {
         const Factor& f = p.f[e];
@@ -46,7 +52,7 @@ struct Update {
     for (int64_t r = 0; r < width; r += VL) {
       UNROLL
       for (int j = 0; j < NR; j++) {
-        vf bs = load(b + j * width + r);
+        vf bs = load(at + j * ld + r);
         UNROLL
         for (int i = 0; i < MR; i++) acc[i][j] += load(zg + (m + i) * width + r) * bs;
       }

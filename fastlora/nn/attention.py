@@ -19,6 +19,7 @@ class ProjectionLoRA(LinearLoRA, nn.Module):
     """The adapter of one projection, whose W (out_features, in_features) belongs to the attention layer."""
 
     kind = "projection"
+    stacks = True
     lora_base = None
 
     def __init__(self, in_features, out_features):

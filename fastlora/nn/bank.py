@@ -1,5 +1,6 @@
 """A layer with several adapters, by name: which of them run is chosen per thread, in one gated call."""
 
+import operator
 import re
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.layer import Adapter
+from fastlora.nn.rows import Stacked
 from fastlora.nn.switch import cannot_know, is_off, is_recompute, selection, switch
 from fastlora.ops import check
 
@@ -75,6 +77,8 @@ class Bank(Chooser):
 
     # in a mixture, whose layers may have gates of their own: the number of this layer
     place = None
+    # (keys, tensors, their versions, lora_A, lora_B, scaling) of frozen adapters in one piece
+    _stack = None
 
     def open(self, owner, lora_dropout=0.0):
         """Make room for tasks."""
@@ -119,11 +123,56 @@ class Bank(Chooser):
         # a model may lie on several devices
         return A, B, scaling, gates if gates is None else gates.to(A[0].device)
 
+    def in_force(self, keys, gates):
+        """`adapters()`, several frozen ones in one piece: at one token a list of them costs more than it computes.
+
+        The piece is a copy, in W's dtype where that is half as wide, and made anew when any of them has changed.
+        """
+        if torch.compiler.is_compiling():
+            return self.adapters()
+        stack = self._stack
+        # few looks: each object is one that the product before has driven out of the caches
+        if stack is None or stack[0] != keys or stack[2] != [t._version for t in stack[1]] or torch.is_grad_enabled():
+            stack = self._stack = self._restack(keys, stack)
+        if stack is None:
+            return self.adapters()
+        return *stack[3:], gates if gates is None else gates.to(stack[1][0].device)
+
+    def _restack(self, keys, stack):
+        """What `_stack` should be: `stack` itself while it holds, or None where there is none to be had."""
+        own = type(self).adapters is not Bank.adapters
+        if own or len(keys) < 2 or not self.stacks:
+            return None
+        tasks = pick(self.tasks, keys)
+        held = [t for task in tasks for t in (*task._parameters.values(), task.scaling)]
+        if any(t.requires_grad or t.is_inference() for t in held):
+            return None
+        versions = [t._version for t in held]
+        if stack and stack[0] == keys and stack[2] == versions and all(map(operator.is_, held, stack[1])):
+            return stack
+        # out of inference mode, as a merged copy
+        with torch.inference_mode(False), torch.no_grad():
+            return keys, held, versions, *self._in_one_piece(tasks)
+
+    def _in_one_piece(self, tasks):
+        A, B = torch.cat([t.lora_A for t in tasks]), torch.cat([t.lora_B for t in tasks], 1)
+        if A.dtype == torch.float32 and self.kind == "linear" and self.weight.dtype in (torch.bfloat16, torch.float16):
+            A, B = A.to(self.weight.dtype), B.to(self.weight.dtype)
+        return Stacked((A,), [t.r for t in tasks]), (B,), torch.stack([t.scaling for t in tasks])
+
+    def refresh(self):
+        super().refresh()
+        self._stack = None
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_stack": None}
+
     def forward(self, *args, **kwargs):
         if not torch.compiler.is_compiling():
             self._note_run()
-        none = self.is_off() or not self.chosen()[0]
-        return self.run(None if none else self.adapters(), *args, **kwargs)
+        chosen = self.chosen()
+        none = self.is_off() or not chosen[0]
+        return self.run(None if none else self.in_force(*chosen), *args, **kwargs)
 
 
 class TaskProjection(Bank, ProjectionLoRA):

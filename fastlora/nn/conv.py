@@ -99,7 +99,7 @@ class ConvLoRA(LoRALayer):
         if gates is not None and gates.dim() > 1:
             gates = gates.view(gates.shape[0], *(1 for _ in self.kernel_size), -1)
         base = self.plain(x, self.weight)
-        ranks = rank_list([a.shape[0] for a in A], gates)
+        ranks = rank_list(A, gates)
         # the kernels copy strided tensors anyway, and Inductor fails on those with symbolic sizes
         y, z = base.movedim(channels, -1).contiguous(), z.contiguous()
         y = lora_expand_op(y, z, up, scaling, gates, ranks, ()).movedim(-1, channels)

@@ -31,7 +31,7 @@ _transposed = set()
 # what an adapter adds to a module, and takes away again
 _OWN = ("r", "lora_alpha", "lora_dropout", "lora_A", "lora_B", "scaling", "rank", "frozen", "_factor", "fan_in_fan_out",
         "merged", "merge_weights", "enable_lora", "form", "tasks", "owner", "place", "_merged_copy",
-        "_ran", "_chose")  # fmt: skip
+        "_ran", "_chose", "_stack")  # fmt: skip
 # module that defines a type of linear layer -> ours that registers it, loaded once the former is
 _INTEGRATIONS = {"transformers.pytorch_utils": "fastlora.integrations.transformers"}
 

@@ -79,6 +79,8 @@ class LoRALayer(Adapter):
     merged = False
     merge_weights = False
     fan_in_fan_out = False
+    # whether several adapters may be given as one tensor: what `nn.bank` makes of frozen ones
+    stacks = False
     # None: not built; False: not before the next train(), eval(), merge or refresh; else (W + ΔW, sources, stamps)
     _merged_copy = None
     # in which modes it ran with gradients since train() or forget_runs(): "off", "by row", a rank; empty: None alone

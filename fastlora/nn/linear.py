@@ -31,13 +31,15 @@ class LinearLoRA(LoRALayer):
     def project(self, x, weight, bias, A, B, scaling, gates):
         """x Wᵀ + bias and the adapters' update: one op call."""
         x, gates = match_rows(x, x.shape[:-1], gates)
-        ranks, p = rank_list([a.shape[0] for a in A], gates), self.dropout_p()
+        ranks, p = rank_list(A, gates), self.dropout_p()
         seed = draw_seed(x) if p > 0 else None
         return lora_linear_op(x, weight, A, B, scaling, bias, gates, ranks, None, p, seed)
 
 
 class DenseLoRA(LinearLoRA):
     """The layer whose W is a dense parameter: one op call per forward."""
+
+    stacks = True
 
     def forward(self, x):
         if self.merged or switch.apart or self._ran or self.rank or not self.r:
@@ -83,7 +85,7 @@ class OpaqueLoRA(LinearLoRA):
         A, B, scaling, gates = adapters
         x, gates = match_rows(x, x.shape[:-1], gates)
         z = lora_shrink(x, A, dropout_p=self.dropout_p(), training=self.training)
-        ranks = rank_list([a.shape[0] for a in A], gates)
+        ranks = rank_list(A, gates)
         return lora_expand(base(x, *args, **kwargs), z, B, scaling, gates=gates, ranks=ranks)
 
 

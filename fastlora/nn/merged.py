@@ -12,6 +12,7 @@ class MergedLoRA(DenseLoRA):
     """A linear layer of len(enable_lora) equal parts; each enabled part has its own r rows of lora_A and of lora_B."""
 
     kind = "merged"
+    stacks = False
     forward = LoRALayer.forward
 
     def adapter_shapes(self, r):

@@ -10,7 +10,7 @@ def match_rows(x, leading, gates):
     its positions; or (batch, tokens, E), for positions that a layer may get flattened. A single row of x is repeated
     where the gates are for several.
     """
-    if gates is None or gates.dim() < 2:
+    if gates is None or gates.dim() < 2 or gates.shape[:-1] == leading:
         return x, gates
     *given, E = gates.shape
     if len(given) == 2 and len(leading) == 1 and leading[0] == given[0] * given[1]:
@@ -25,7 +25,19 @@ def match_rows(x, leading, gates):
     return x, gates.view(*given, *(1,) * (len(leading) - len(given)), E)
 
 
-def rank_list(ranks, gates):
+class Stacked(tuple):
+    """One tensor that holds the rank rows of several adapters, of these `ranks`."""
+
+    def __new__(cls, tensors, ranks):
+        stacked = super().__new__(cls, tensors)
+        stacked.ranks = ranks
+        return stacked
+
+
+def rank_list(A, gates):
     """The op's `ranks`: () for a single adapter that has a gate for each rank row, or none at all."""
+    if isinstance(A, Stacked):
+        return A.ranks
+    ranks = [a.shape[0] for a in A]
     lone = len(ranks) == 1 and (gates is None or gates.shape[-1] == ranks[0])
     return () if lone else ranks
