@@ -28,7 +28,9 @@ from . import machine
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import sentiment  # noqa: E402
 
-R, MODULES, SHOTS, TOKENS, STEPS, SEEDS = 16, 20, 5, 16, 40, 5
+R, MODULES, SHOTS, TOKENS, STEPS = 16, 20, 5, 16, 40
+# the optimizer for populations was chosen on others
+SEEDS = range(10, 15)
 TARGETS = r"encoder\..*\.(query|key|value|dense)"
 TRAINING = {"steps": 20, "batch": 16, "texts": 320}
 # what is searched with until the original's objective is reached, or so many candidates are evaluated
@@ -37,7 +39,7 @@ SEARCHES = {
     "population 8": {"steps": 320, "population": 8},
     "gradient": {"steps": 80, "method": "gradient"},
 }
-COLUMNS = ("case", "method", "seed", "candidates_per_s", "seconds", "objective", "evaluations", "reached",
+COLUMNS = ("case", "method", "seed", "value", "candidates_per_s", "seconds", "objective", "evaluations", "reached",
            "device", "cpu", "threads", "allocator", "fastlora_cpu", "commit", "python", "torch", "loralib", "peft",
            "transformers", "triton", "nevergrad", "original")  # fmt: skip
 
@@ -158,10 +160,10 @@ def check_same(classifier, folders, inputs, original):
 
 
 def rates(classifier, folders, inputs):
-    """{method: candidates a second} over 40 candidates, nevergrad's own time included; the best of three runs each."""
+    """{method: candidates a second} over 40 candidates, nevergrad's own time included; the best of five runs each."""
     original, found = Original(classifier, folders), {}
     check_same(classifier, folders, inputs, original)
-    for _ in range(3):
+    for _ in range(5):
         seconds = {"original": original.learn(inputs, 0)[1]}
         for population in (1, 8):
             made = search(classifier, folders, inputs, row_losses, steps=STEPS, population=population)
@@ -184,7 +186,7 @@ def until(classifier, folders, inputs, seed, original):
 
 
 def show(rows):
-    """The table of objective and time, medians over the seeds."""
+    """The table of objective and time, medians over the seeds, and how much sooner a search is as good."""
     heads = f"{'objective':>10}{'candidates':>12}{'seconds':>9}{'as the original after':>23}"
     print(f"   {'median of the seeds':24}{heads}")
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -193,25 +195,35 @@ def show(rows):
             statistics.median(row[column] for row in each) for column in ("objective", "evaluations", "seconds",
                                                                           "reached"))  # fmt: skip
         print(f"   {method:24}{objective:10.4f}{count:12.0f}{seconds:9.2f}{reached:21.2f} s")
+    print(f"   the original's time over that of the best search: {sooner(rows):.1f}, the median of the seeds")
+
+
+def sooner(rows):
+    ratios = []
+    for seed in {row["seed"] for row in rows}:
+        times = {row["method"]: row["reached"] for row in rows if row["seed"] == seed}
+        ratios.append(times.pop("original") / min(times["population 8"], times["gradient"]))
+    return statistics.median(ratios)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed")
-    seeds = 1 if parser.parse_args().quick else SEEDS
+    seeds = SEEDS[:1] if parser.parse_args().quick else SEEDS
     warnings.filterwarnings("ignore", message="COBYLA")
     print(f"1. {MODULES} modules of rank {R} on MiniLM's linear layers", flush=True)
     classifier, tokenizer, folders, texts = modules()
     print(f"2. Candidates a second: {SHOTS} texts of {TOKENS} tokens, {STEPS} candidates", flush=True)
-    speeds = rates(classifier, folders, shots(tokenizer, texts, 0))
+    speeds = rates(classifier, folders, shots(tokenizer, texts, SEEDS[0]))
     for name, rate in speeds.items():
         print(f"   {name:24}{rate:8.1f}", flush=True)
-    print(f"3. Time to the objective of the original's {STEPS} candidates, {seeds} seeds", flush=True)
+    print(f"3. Time to the objective of the original's {STEPS} candidates, {len(seeds)} seeds", flush=True)
     original, rows = Original(classifier, folders), []
-    for seed in range(seeds):
+    for seed in seeds:
         found = until(classifier, folders, shots(tokenizer, texts, seed), seed, original)
         rows += [{"case": "objective", "method": name, "seed": seed, **row} for name, row in found.items()]
     show(rows)
+    rows.append({"case": "original over the best search", "method": "fastlora", "value": sooner(rows)})
     rows += [{"case": "rate", "method": name, "candidates_per_s": rate} for name, rate in speeds.items()]
     facts = machine.facts("cpu") | {"nevergrad": ng.__version__, "original": original.source}
     path = Path(__file__).parent / "results" / f"{machine.slug(machine.cpu_model())}-composition.csv"

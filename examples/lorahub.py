@@ -22,15 +22,15 @@ from progress import progress, say
 import fastlora
 from fastlora.compose import merge_composed, search
 
-TARGET, EXPERTS, TRAIN, STEPS, BATCH, TEST = "tweets", 2, 640, 40, 16, 500
+TARGET, EXPERTS, TRAIN, STEPS, BATCH, TEST = "tweets", 2, 480, 30, 16, 400
 # of the few texts the first tokens are read
-SHOTS, DRAWS, LENGTH = (5, 10, 50), 3, 24
+SHOTS, DRAWS, LENGTH = (5, 10, 50), 3, 20
 OPTIONS = {"r": 8, "lora_alpha": 16, "target_modules": r"encoder\..*\.(query|key|value|dense)"}
 # the candidates that are evaluated; the first is nevergrad's, eight in a forward
 SEARCHES = {
-    "LoraHub, evolution": {"steps": 64, "population": 8},
-    "LoraHub, gradients": {"steps": 15, "method": "gradient"},
-    "weighted sum, gradients": {"steps": 15, "method": "gradient", "mode": "sum"},
+    "LoraHub, evolution": {"steps": 48, "population": 8},
+    "LoraHub, gradients": {"steps": 12, "method": "gradient"},
+    "weighted sum, gradients": {"steps": 12, "method": "gradient", "mode": "sum"},
 }
 
 

@@ -11,8 +11,8 @@ from fastlora.ops import check
 
 BOUND = 1.5
 METHODS = ("evolution", "gradient")
-# nevergrad's optimizer for several candidates at a time
-PARALLEL = "CMA"
+# nevergrad's for several candidates at a time: with those NGOpt is another program, and a weaker one
+PARALLEL = "LhsDE"
 
 
 @dataclasses.dataclass
