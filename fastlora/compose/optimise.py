@@ -35,6 +35,7 @@ class _Record:
 
     def add(self, weights, objectives):
         """Note evaluated candidates (P, N) and their objectives, P numbers."""
+        objectives = [objective if objective == objective else float("inf") for objective in objectives]
         at = min(range(len(objectives)), key=objectives.__getitem__)
         self.count += len(objectives)
         self.since += len(objectives)
@@ -60,8 +61,9 @@ def optimise(
 ):  # fmt: skip
     """The weights w (N,) in [-1.5, 1.5] with the smallest evaluate(w (P, N)) -> losses (P,), plus regular(w).
 
-    `steps` is the number of candidates evaluated. "evolution" asks nevergrad for `population` at a time; "gradient"
-    descends by Adam from as many starts. Returns a Result. Raises ValueError naming the argument.
+    `steps` is the number of candidates evaluated (by gradients in whole rounds). "evolution" asks nevergrad for
+    `population` at a time; "gradient" descends by Adam from as many starts. Returns a Result. Raises ValueError naming
+    the argument.
     """
     check.value(method in METHODS, "method", repr(method), "'evolution' or 'gradient'")
     for name, number in (("steps", steps), ("population", population)):

@@ -219,6 +219,7 @@ def test_a_rows_language_loss_is_its_own_mean():
     torch.testing.assert_close(language_losses(logits, labels, shift=True), torch.stack(shifted))
 
 
+@pytest.mark.filterwarnings("ignore:Clipping very high value")
 def test_limits_and_the_bar(capsys):
     def bowl(weights):
         return (weights - 0.5).square().sum(-1)
@@ -231,6 +232,8 @@ def test_limits_and_the_bar(capsys):
     assert flat.evaluations == 7 and flat.objective == 0
     found = optimise(bowl, 3, lambda w: 0.0, steps=64, population=8, optimizer="DE")
     assert found.evaluations == 64 and found.objective < 0.3
+    half = optimise(lambda w: torch.where(w[:, 0] <= 0, torch.nan, bowl(w)), 3, lambda w: 0.0, steps=60, population=4)
+    assert half.objective < 1 and half.weights[0] > 0
     steep = optimise(lambda w: -w.sum(-1), 3, lambda w: 0.0, steps=60, method="gradient", lr=1.0)
     assert steep.weights.tolist() == [1.5] * 3
 
