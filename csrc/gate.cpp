@@ -54,27 +54,17 @@ Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef rank
     gate.scalar = scaling.item<double>();
     return gate;
   }
-  if (!gates && !ranks.empty() && like.is_cpu()) {
-    // one number for each adapter: the calls below would cost more than what they compute
-    const auto each = scaling.to(dtype).contiguous();
-    gate.rows = at::empty({R}, each.options());
-    AT_DISPATCH_FLOATING_TYPES(dtype, "gate", [&] {
-      const auto* from = each.const_data_ptr<scalar_t>();
-      auto* to = gate.rows.data_ptr<scalar_t>();
-      for (auto r : ranks) to = std::fill_n(to, r, *from++);
-    });
-    return gate;
-  }
   const auto E = static_cast<int64_t>(ranks.size());
-  if (gates && E && like.is_cpu() && gates->numel() == rows_of(like) * E) {
-    // for each token and adapter: one pass instead of eight calls, which at one token cost more than the layer
-    const auto given = gates->to(dtype).contiguous(), scale = scaling.to(dtype).contiguous();
-    gate.rows = at::empty({rows_of(like), R}, given.options());
+  if (E && like.is_cpu() && (!gates || gates->numel() == rows_of(like) * E)) {
+    // a number for each adapter, or for each token too, in one pass: the calls below cost more than a layer at one token
+    const auto scale = scaling.to(dtype).contiguous(), given = gates ? gates->to(dtype).contiguous() : scale;
+    const int64_t M = gates ? rows_of(like) : 1;
+    gate.rows = at::empty(gates ? IntArrayRef{M, R} : IntArrayRef{R}, scale.options());
     AT_DISPATCH_FLOATING_TYPES(dtype, "gate", [&] {
       const auto *from = given.const_data_ptr<scalar_t>(), *s = scale.const_data_ptr<scalar_t>();
       auto* to = gate.rows.data_ptr<scalar_t>();
-      for (int64_t m = 0; m < gate.rows.size(0); m++)
-        for (int64_t e = 0; e < E; e++) to = std::fill_n(to, ranks[e], *from++ * s[scale.numel() == 1 ? 0 : e]);
+      for (int64_t i = 0; i < M * E; i++)
+        to = std::fill_n(to, ranks[i % E], s[scale.numel() == 1 ? 0 : i % E] * (gates ? from[i] : 1));
     });
     return gate;
   }

@@ -21,7 +21,6 @@ def open_experts(model, adapters, owner, bank=Bank, dtype=None):
     """
     check.kind(isinstance(model, nn.Module), "model", type(model).__name__, "an nn.Module")
     check.value(not any(map(holds_adapters, model.modules())), "model", "a model with adapters", "a plain one")
-    check.kind(isinstance(adapters, dict), "adapters", type(adapters).__name__, "a dictionary {name: folder}")
     check.value(adapters, "adapters", "none", "at least one")
     read = {name: _read(model, name, source) for name, source in adapters.items()}
     modules = dict(model.named_modules())

@@ -57,6 +57,8 @@ class xLoRAClassifier(nn.Module):
             scalings = torch.zeros_like(scalings).scatter(-1, top.indices, chosen)
         return scalings * self.config.global_scaling_weight
 
-    def check_k(self, k):
-        fits = k is None or isinstance(k, int) and 1 <= k <= self.experts
-        check.value(fits, "top_k_lora", repr(k), f"None or an integer from 1 to {self.experts}, the number of experts")
+
+def check_k(k, experts):
+    """Raise ValueError for a top_k_lora that this number of experts does not have."""
+    fits = k is None or isinstance(k, int) and 1 <= k <= experts
+    check.value(fits, "top_k_lora", repr(k), f"None or an integer from 1 to {experts}, the number of experts")

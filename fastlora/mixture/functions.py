@@ -1,5 +1,6 @@
 """X-LoRA's functions. Those of its first version that name no model mean the mixture that was made last."""
 
+import functools
 import os
 
 import torch
@@ -53,32 +54,22 @@ def from_pretrained(load_directory, model, adapters=None, verbose=False, device=
     return mixture
 
 
-def enable_scalings_logging():
-    """Keep every output of the classifier from now on."""
-    latest().enable_scalings_logging()
+def _of_the_latest(method):
+    @functools.wraps(method)
+    def function(*args):
+        return method(latest(), *args)
+
+    return function
+
+
+enable_scalings_logging = _of_the_latest(xLoRAModel.enable_scalings_logging)
+flush_log_scalings = _of_the_latest(xLoRAModel.flush_log_scalings)
+print_scalings_predictions = _of_the_latest(xLoRAModel.print_scalings_predictions)
+set_scalings_with_lifetime = _of_the_latest(xLoRAModel.set_scalings_with_lifetime)
+get_nb_trainable_parameters = xLoRAModel.get_nb_trainable_parameters
 
 
 def disable_scalings_logging():
     """Keep no more outputs of the classifier, and forget those kept, as the first version does."""
     latest().disable_scalings_logging()
     latest().clear_scalings_log()
-
-
-def flush_log_scalings(path):
-    """Write the log to numpy files and forget it."""
-    latest().flush_log_scalings(path)
-
-
-def print_scalings_predictions(n_predictions_lifetime):
-    """Print the classifier's next n outputs."""
-    latest().print_scalings_predictions(n_predictions_lifetime)
-
-
-def set_scalings_with_lifetime(value, n_accesses_lifetime):
-    """Use the gates `value`, (batch, n), in the next so many forwards, then the former ones."""
-    latest().set_scalings_with_lifetime(value, n_accesses_lifetime)
-
-
-def get_nb_trainable_parameters(model):
-    """(number of trained parameters, number of all)"""
-    return model.get_nb_trainable_parameters()

@@ -7,7 +7,7 @@ import torch
 
 from fastlora.experts import open_experts
 from fastlora.mixture import files
-from fastlora.mixture.classifier import xLoRAClassifier
+from fastlora.mixture.classifier import check_k, xLoRAClassifier
 from fastlora.mixture.stack import Stack, is_cross, stacks_of
 from fastlora.model import disable_adapter, make_plain, print_trainable_parameters
 from fastlora.nn.bank import escape
@@ -39,9 +39,9 @@ class xLoRAModel(Wrapper):
         super().__init__()
         global _latest
         size = getattr(getattr(model, "config", None), "hidden_size", config.hidden_size)
-        given, k, n = config.hidden_size, config.top_k_lora, len(adapters)
-        check.value(given in (None, size), "hidden_size", given, f"{size}, the model's")
-        check.value(k is None or k <= n, "top_k_lora", k, f"at most {n}, the number of experts")
+        check.value(config.hidden_size in (None, size), "hidden_size", config.hidden_size, f"{size}, the model's")
+        check.kind(isinstance(adapters, dict), "adapters", type(adapters).__name__, "a dictionary {name: folder}")
+        check_k(config.top_k_lora, len(adapters) or 1)
         self.owner, self.keys, self.expert_names = Owner(), tuple(map(escape, adapters)), list(adapters)
         layers, stacks = open_experts(model, adapters, self.owner, dtype=dtype), stacks_of(model)
         inside = {id(module) for stack in stacks for module in stack.modules()}
@@ -54,7 +54,7 @@ class xLoRAModel(Wrapper):
         self.model, self.xlora_config = model.requires_grad_(False), config
         # past nn.Module's registration: they are the model's
         self.__dict__["experts"] = list(layers.values())
-        self.xlora_classifier = xLoRAClassifier(config, len(layers), n, like(model))
+        self.xlora_classifier = xLoRAClassifier(config, len(layers), len(adapters), like(model))
         self.scalings_logging, self.log_scalings, self.latest_scalings = False, [], None
         # (gates, for how many forwards yet), how many predictions to print
         self.fixed, self.prints = None, 0
@@ -84,9 +84,8 @@ class xLoRAModel(Wrapper):
             parameter.requires_grad = True
         return self.model
 
-    def disable_adapter(self):
-        """Context manager: in this thread the model runs without its experts, and so without the scaling pass."""
-        return disable_adapter(self)
+    disable_adapter = disable_adapter
+    print_trainable_parameters = print_trainable_parameters
 
     def is_disabled(self):
         """Whether this thread runs the model without its experts."""
@@ -187,7 +186,7 @@ class xLoRAModel(Wrapper):
 
     def set_topk_lora(self, value):
         """Use the `value` experts with the largest gates; None: all. Raises ValueError for more than there are."""
-        self.xlora_classifier.check_k(value)
+        check_k(value, len(self.keys))
         self.xlora_config.top_k_lora = value
 
     def get_topk_lora(self):
@@ -206,10 +205,6 @@ class xLoRAModel(Wrapper):
         """(number of trained parameters, number of all)"""
         sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-    def print_trainable_parameters(self):
-        """Print both numbers, and the share in percent."""
-        print_trainable_parameters(self)
 
     def save_pretrained(self, save_directory, safe_serialization=True, is_main_process=True, names="xlora"):
         """Write the mixture as a folder of xlora's or of PEFT's ("peft"), with each expert in one of its own below."""

@@ -158,7 +158,9 @@ class Bank(Chooser):
         A, B = torch.cat([t.lora_A for t in tasks]), torch.cat([t.lora_B for t in tasks], 1)
         if A.dtype == torch.float32 and self.kind == "linear" and self.weight.dtype in (torch.bfloat16, torch.float16):
             A, B = A.to(self.weight.dtype), B.to(self.weight.dtype)
-        return Stacked((A,), [t.r for t in tasks]), (B,), torch.stack([t.scaling for t in tasks])
+        stacked = Stacked((A,))
+        stacked.ranks = [t.r for t in tasks]
+        return stacked, (B,), torch.stack([t.scaling for t in tasks])
 
     def refresh(self):
         super().refresh()

@@ -26,12 +26,7 @@ def match_rows(x, leading, gates):
 
 
 class Stacked(tuple):
-    """One tensor that holds the rank rows of several adapters, of these `ranks`."""
-
-    def __new__(cls, tensors, ranks):
-        stacked = super().__new__(cls, tensors)
-        stacked.ranks = ranks
-        return stacked
+    """One tensor that holds the rank rows of several adapters, of `ranks`."""
 
 
 def rank_list(A, gates):

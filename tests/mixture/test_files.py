@@ -121,7 +121,7 @@ def refuse(model, error, match, folders, **fields):
 
 
 def test_what_does_not_fit_leaves_the_model_alone(untouched, folders, write_expert, tiny_llama, tmp_path):
-    refuse(untouched, ValueError, "top_k_lora: got 4, expected at most 3", folders, top_k_lora=4)
+    refuse(untouched, ValueError, "top_k_lora: got 4, expected None or an integer from 1 to 3", folders, top_k_lora=4)
     refuse(untouched, ValueError, "hidden_size: got 64, expected 32", folders, hidden_size=64)
     refuse(untouched, ValueError, "adapters: got none", {})
     refuse(untouched, TypeError, "adapters", "folder")
