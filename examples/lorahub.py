@@ -22,9 +22,9 @@ from progress import progress, say
 import fastlora
 from fastlora.compose import merge_composed, search
 
-TARGET, EXPERTS, TRAIN, STEPS, BATCH, TEST = "tweets", 2, 480, 30, 16, 400
+TARGET, EXPERTS, TRAIN, STEPS, BATCH, TEST = "tweets", 2, 480, 30, 16, 300
 # of the few texts the first tokens are read
-SHOTS, DRAWS, LENGTH = (5, 10, 50), 3, 20
+SHOTS, DRAWS, LENGTH = (5, 10, 50), 2, 20
 OPTIONS = {"r": 8, "lora_alpha": 16, "target_modules": r"encoder\..*\.(query|key|value|dense)"}
 # the candidates that are evaluated; the first is nevergrad's, eight in a forward
 SEARCHES = {
