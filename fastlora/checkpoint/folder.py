@@ -179,7 +179,7 @@ def read_adapter(model, source):
     else:
         folder = pathlib.Path(source)
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        _check_config(config)
+        check_config(config)
         stored = load_file(folder / "adapter_model.safetensors")
     tensors = {}
     for key, tensor in stored.items():
@@ -187,7 +187,7 @@ def read_adapter(model, source):
     return _plan(model, config, tensors), config, _check_base_tensors(model, config, tensors)
 
 
-def _check_config(config):
+def check_config(config):
     check.value(config.get("peft_type") == "LORA", "peft_type", repr(config.get("peft_type")), "'LORA'")
     extra = sorted(key for key, value in config.items() if value and key not in _UNDERSTOOD)
     got = ", ".join(f"{key} = {config[key]!r}" for key in extra)
@@ -226,7 +226,7 @@ def _plan(model, config, tensors):
             fits = r and got == expected
             check.value(fits, join(path, name), "lora_A {} and lora_B {}".format(*got),
                         "lora_A {} and lora_B {}".format(*expected))  # fmt: skip
-            alpha = _alpha(config, path, stored)
+            alpha = alpha_of(config, path, stored)
             plan[join(path, name)] = Planned(path, r, alpha if r == stored else _whole(alpha * r / stored), A, B)
     check.value(plan, "adapter_model.safetensors", "no lora_A", "an adapter")
     return plan
@@ -253,7 +253,7 @@ def _shapes(module, kind, r):
     return tuple(map(tuple, module.adapter_shapes(r) if holds_adapters(module) else factor_shapes(module, r)))
 
 
-def _alpha(config, path, r):
+def alpha_of(config, path, r):
     patterns = config.get("alpha_pattern") or {}
     alpha = next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", path)), config.get("lora_alpha", r))
     return alpha * math.sqrt(r) if config.get("use_rslora") else alpha

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from fastlora.checkpoint.folder import _alpha, _check_config
+from fastlora.checkpoint.folder import alpha_of, check_config
 from fastlora.compose.bank import MODES, named, numbers
 from fastlora.nn.names import from_any_name
 from fastlora.ops import check
@@ -70,7 +70,7 @@ def _read(name, source):
     if not isinstance(source, dict):
         folder = pathlib.Path(source)
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        _check_config(config)
+        check_config(config)
         tensors = load_file(folder / "adapter_model.safetensors")
     found, where = {}, f"adapters[{name!r}]"
     for key, tensor in tensors.items():
@@ -86,7 +86,7 @@ def _read(name, source):
         fits = min(A.dim(), B.dim()) > 1 and len(A) == B.shape[1]
         got = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} at {path!r}"
         check.value(fits, where, got, "(r, in) and (out, r)")
-        pairs[path] = _Pair(letters, _alpha(config, path, len(A)) / len(A))
+        pairs[path] = _Pair(letters, alpha_of(config, path, len(A)) / len(A))
     return pairs
 
 

@@ -42,3 +42,32 @@ def test_dylora(tmp_path):
     assert len(one_run) == len(eight_runs) == 9
     assert min(one_run[:8] + eight_runs[:8]) > 70
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_xlora(tmp_path):
+    picture = tmp_path / "gates.png"
+    output = run("xlora.py", picture)
+    plain, average, mixed = (numbers(output, row) for row in
+                             ("the encoder without experts", "the average of the experts", "the mixture"))  # fmt: skip
+    assert len(plain) == len(average) == len(mixed) == 5
+    assert 90 > mixed[-1] > plain[-1] + 1 > 70
+    assert "largest difference of an output 0.0e+00" in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_xlora_smollm2():
+    output = run("xlora_smollm2.py")
+    plain, mixed = numbers(output, "SmolLM2"), numbers(output, "the mixture")
+    assert len(plain) == len(mixed) == 4 and mixed[-1] < plain[-1] - 0.05
+    assert "the same tokens: yes" in output
+
+
+def test_lorahub():
+    pytest.importorskip("nevergrad")
+    output = run("lorahub.py")
+    rows = dict(re.findall(r"^   (\S.+?)  +((?:\d+\.\d *){3})$", output, re.MULTILINE))
+    found = {name: [float(cell) for cell in cells.split()] for name, cells in rows.items()}
+    assert len(found) == 7 and all(100 > value > 45 for values in found.values() for value in values)
+    # with 50 texts a composition is at least about as good as none
+    composed = [values[-1] for name, values in found.items() if "LoraHub" in name or "sum" in name]
+    assert len(composed) == 3 and max(composed) > found["the frozen encoder"][-1] - 2

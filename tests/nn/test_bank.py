@@ -107,7 +107,8 @@ def test_gradients_pass_through_it(model):
     got = torch.autograd.grad(y.square().sum(), (x, gates))
     layer = model.model[0]
     parts = [layer.tasks[n].scaling * (x @ layer.tasks[n].lora_A.T @ layer.tasks[n].lora_B.T) for n in CHOICE]
-    want = torch.nn.functional.linear(x, layer.weight, layer.bias) + sum(g * p for g, p in zip(gates, parts, strict=True))
+    want = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    want = want + sum(gate * part for gate, part in zip(gates, parts, strict=True))
     for g, e in zip(got, torch.autograd.grad(want.square().sum(), (x, gates)), strict=True):
         torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-3)
 
