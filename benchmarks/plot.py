@@ -126,7 +126,8 @@ def block(path):
     if eight:
         lines += ["", f"Eight tasks at once, 1024 → 1024 and rank 8 each, take {', '.join(eight)} the time of one."]
     lines += composition(path.with_name(f"{path.stem}-composition.csv"))
-    pictures = [f"![{TITLES[mode]}](benchmarks/results/{path.stem}-{mode}.png)" for mode in TITLES]
+    drawn = [mode for mode in TITLES if path.with_name(f"{path.stem}-{mode}.png").exists()]
+    pictures = [f"![{TITLES[mode]}](benchmarks/results/{path.stem}-{mode}.png)" for mode in drawn]
     return "\n".join([*lines, "", *pictures, "", ""])
 
 
