@@ -27,11 +27,6 @@ Tensor dropout(const Tensor& x, double p, const MaybeTensor& seed) {
   return op.call(x, p, *seed);
 }
 
-Tensor cat_columns(Tensors& parts, const Tensor& rows, at::ScalarType dtype) {
-  if (parts.empty()) return at::empty({rows.size(0), 0}, rows.options().dtype(dtype));
-  return parts.size() == 1 ? parts[0] : at::cat(parts, 1);
-}
-
 // The adapters' column blocks of a (M, R) tensor, with each adapter's index.
 template <class F>
 void for_columns(const Tensor& rows, TensorList adapters, int64_t dim, F&& f) {
@@ -43,18 +38,15 @@ void for_columns(const Tensor& rows, TensorList adapters, int64_t dim, F&& f) {
   }
 }
 
-// z (M, R) = d lora_A^T
-Tensor shrink_flat(const Tensor& d, TensorList lora_A) {
+// (M, R): z = d lora_A^T or t = dv lora_B
+Tensor project(const Tensor& rows, TensorList adapters, bool transposed) {
   Tensors parts;
-  for (const auto& a : lora_A) parts.push_back(mm_wide(d, a.to(d.scalar_type()).t()));
-  return cat_columns(parts, d, accumulate_type(d.scalar_type()));
-}
-
-// t (M, R) = dv lora_B
-Tensor project_flat(const Tensor& dv, TensorList lora_B) {
-  Tensors parts;
-  for (const auto& b : lora_B) parts.push_back(mm_wide(dv, b.to(dv.scalar_type())));
-  return cat_columns(parts, dv, accumulate_type(dv.scalar_type()));
+  for (const auto& adapter : adapters) {
+    const auto t = adapter.to(rows.scalar_type());
+    parts.push_back(mm_wide(rows, transposed ? t.t() : t));
+  }
+  if (parts.empty()) return at::empty({rows.size(0), 0}, rows.options().dtype(accumulate_type(rows.scalar_type())));
+  return parts.size() == 1 ? parts[0] : at::cat(parts, 1);
 }
 
 // y += zg lora_B^T, where an undefined y stands for the bias, or for zeros
@@ -107,7 +99,7 @@ LinearForward linear_forward(FASTLORA_LINEAR_ARGS) {
   const auto x2 = flat(x);
   const auto R = total_rank(lora_A, 0), out = weight.size(0);
   const auto shape = with_last(x.sizes(), out);
-  auto z = shrink_flat(dropout(x2, dropout_p, seed), lora_A);
+  auto z = project(dropout(x2, dropout_p, seed), lora_A, true);
   const auto zg = make_gate(scaling, gates, ranks, R, x, wide).times(z).to(dtype);
   const auto added_bias = column_scale ? MaybeTensor() : bias;
   Tensor y;
@@ -130,7 +122,7 @@ LinearBackward linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
   Tensor dx = empty(), dweight = empty(), dbias = empty(), dcolumn = empty(), dscaling = empty(), dgates = empty();
   Tensors dA, dB;
   if (need_x || need_A || need_scaling || need_gates) {
-    const auto t = project_flat(dv, lora_B);
+    const auto t = project(dv, lora_B, false);
     const auto dz = gate.times(t).to(dtype);
     if (need_x) dx = branch_dx(dz, lora_A, x.size(-1), dropout_p, seed).addmm_(dv, weight).reshape(x.sizes());
     if (need_A) dA = grads_of_A(dz, dropout(x2, dropout_p, seed), lora_A);
@@ -145,7 +137,7 @@ LinearBackward linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
 }
 
 Tensor shrink(FASTLORA_SHRINK_ARGS) {
-  return shrink_flat(dropout(flat(x), dropout_p, seed), lora_A).reshape(with_last(x.sizes(), total_rank(lora_A, 0)));
+  return project(dropout(flat(x), dropout_p, seed), lora_A, true).reshape(with_last(x.sizes(), total_rank(lora_A, 0)));
 }
 
 ShrinkBackward shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS) {
@@ -174,7 +166,7 @@ ExpandBackward expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
   const auto empty = [&] { return at::empty({0}, z.options()); };
   auto dz = empty(), dscaling = empty(), dgates = empty();
   if (need_z || need_scaling || need_gates) {
-    const auto t = project_flat(dv, lora_B);
+    const auto t = project(dv, lora_B, false);
     if (need_z) dz = gate.times(t).to(z.scalar_type()).reshape(z.sizes());
     std::tie(dscaling, dgates) = gate_backward(t * z2, scaling, gates, ranks, dy, need_scaling, need_gates);
   }

@@ -30,10 +30,16 @@ class Wrapper(nn.Module):
         kinds = [parameter.kind for parameter in inspect.signature(self.model.forward).parameters.values()]
         return getattr(self.model, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **options):
         """transformers' method, with `context_fn=fastlora.checkpoint_context`: a recompute runs the same adapters."""
         given = dict(gradient_checkpointing_kwargs or {})
         reentrant = given.setdefault("use_reentrant", False)
         check.value(not reentrant, "use_reentrant", reentrant, "False: a reentrant recompute cannot know the adapters")
         given.setdefault("context_fn", checkpoint_context)
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
+        name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(self.model, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": given}, **options)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
+        """The same, by its name from transformers 5.24 on."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)

@@ -1,10 +1,6 @@
 // Which instruction set and which form: from what the CPU can do, the type and the shape, nothing else.
 #include "choose.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <cstdlib>
 #include <stdexcept>
 
@@ -55,24 +51,11 @@ bool fast_bf16() {
 #endif
 }
 
-// CPUID leaf 7: AMX-BF16 and AMX-TILE, which g++ 12 has no name for; the kernel must save the tiles too (XCR0, bits 17, 18).
-bool has_amx() {
-#if defined(__x86_64__)
-  unsigned a, b, c, d, low, high;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22)) || !(d & (1u << 24))) return false;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return false;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (low & 0x60000) == 0x60000;
-#else
-  return false;
-#endif
-}
-
 Cpu detect() {
   Cpu cpu{};
 #if defined(__x86_64__)
   cpu.intel = __builtin_cpu_is("intel");
-  cpu.amx = has_amx();
+  cpu.amx = __builtin_cpu_supports("amx-bf16");
 #endif
   const char* pin = std::getenv("FASTLORA_CPU");
   std::string name = pin ? pin : "";

@@ -171,10 +171,10 @@ def _load(model, tokenizer, adapters):
     name = model if isinstance(model, str) else getattr(model, "name_or_path", None)
     if isinstance(model, str):
         config = transformers.AutoConfig.from_pretrained(model)
-        ends = {"ForSequenceClassification": "AutoModelForSequenceClassification"}
-        kind = next((cls for end, cls in ends.items() if (config.architectures or [""])[0].endswith(end)),
-                    "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM")  # fmt: skip
-        model = getattr(transformers, kind).from_pretrained(model)
+        end = "Seq2SeqLM" if config.is_encoder_decoder else "CausalLM"
+        classifies = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+        end = "SequenceClassification" if classifies else end
+        model = getattr(transformers, f"AutoModelFor{end}").from_pretrained(model)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer or name)

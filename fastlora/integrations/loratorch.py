@@ -5,19 +5,10 @@ from fastlora.model import mark_only_lora_as_trainable, print_trainable_paramete
 from fastlora.nn import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear, MultiheadAttention
 
 __all__ = [
-    "Conv1d",
-    "Conv2d",
-    "Conv3d",
-    "Embedding",
-    "Linear",
-    "LoRALayer",
-    "MergedLinear",
-    "MultiheadAttention",
-    "lora_state_dict",
-    "mark_only_lora_as_trainable",
-    "print_trainable_parameters",
+    "Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoRALayer", "MergedLinear", "MultiheadAttention",
+    "lora_state_dict", "mark_only_lora_as_trainable", "print_trainable_parameters",
     "register_model_param_after_backward",
-]
+]  # fmt: skip
 
 
 def lora_state_dict(model, bias="none"):

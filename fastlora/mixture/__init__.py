@@ -22,17 +22,7 @@ from fastlora.mixture.model import xLoRAModel
 from fastlora.model import print_trainable_parameters
 
 __all__ = [
-    "add_xlora_to_model",
-    "disable_scalings_logging",
-    "enable_scalings_logging",
-    "flush_log_scalings",
-    "from_pretrained",
-    "get_nb_trainable_parameters",
-    "load_scalings_log",
-    "print_scalings_predictions",
-    "print_trainable_parameters",
-    "set_scalings_with_lifetime",
-    "xLoRAClassifier",
-    "xLoRAConfig",
-    "xLoRAModel",
-]
+    "add_xlora_to_model", "disable_scalings_logging", "enable_scalings_logging", "flush_log_scalings",
+    "from_pretrained", "get_nb_trainable_parameters", "load_scalings_log", "print_scalings_predictions",
+    "print_trainable_parameters", "set_scalings_with_lifetime", "xLoRAClassifier", "xLoRAConfig", "xLoRAModel",
+]  # fmt: skip

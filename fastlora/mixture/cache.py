@@ -1,7 +1,7 @@
 """The scaling pass's keys and values, in the cache of the model's own.
 
 Its layers stand behind the model's in the cache's one list of layers: what reorders, crops, repeats, resets or copies
-the cache does so to both. `scaling_start` is where they begin, `scaling_value` the gates they were made with.
+the cache does so to both. `scaling_start` is where they begin, `scaling_mark` whose they are.
 """
 
 import copy
@@ -20,18 +20,20 @@ def _parts(cache):
     return [cache] if both[0] is None else both
 
 
-def scaling_half(cache, value):
+def scaling_half(cache, mark):
     """The cache that the scaling pass uses beside `cache`. Raises ValueError for one that no mixture has filled."""
+    offloads = any(getattr(part, "offloading", False) for part in _parts(cache))
+    check.value(not offloads, "past_key_values", "an offloaded cache", "one that stays where the model is")
     half = _half(cache) if hasattr(cache, "layers") else copy.copy(cache)
     if not hasattr(cache, "layers"):
         half.self_attention_cache, half.cross_attention_cache = map(_half, _parts(cache))
         start = getattr(half.cross_attention_cache, "scaling_start", None)
         half.is_updated = {i - start: done for i, done in cache.is_updated.items() if start and i >= start}
-    length, known = int(cache.get_seq_length()), getattr(_parts(cache)[0], "scaling_value", None)
-    fits = not length or known == value and int(half.get_seq_length()) == length
-    made = "no scaling pass" if known is None else f"a scaling pass of value {known}, over {half.get_seq_length()}"
+    length, known = int(cache.get_seq_length()), getattr(_parts(cache)[0], "scaling_mark", None)
+    fits = not length or known == mark and int(half.get_seq_length()) == length
+    made = "no scaling pass" if known is None else f"a scaling pass over {half.get_seq_length()}, {known}"
     check.value(fits, "past_key_values", f"a cache of {length} tokens with {made}",
-                f"an empty one, or one that this mixture has filled with scaling_pass_value {value}")  # fmt: skip
+                f"an empty one, or one that this mixture has filled: {mark}")  # fmt: skip
     return half
 
 
@@ -41,13 +43,13 @@ def _half(part):
     return half
 
 
-def join_half(cache, half, value):
+def join_half(cache, half, mark):
     """Put what the scaling pass has made behind what the model has made."""
     for part, own in zip(_parts(cache), _parts(half), strict=True):
         if not hasattr(part, "scaling_start"):
             part.scaling_start = len(part.layers)
             part.layers.extend(own.layers)
-        part.scaling_value = value
+        part.scaling_mark = mark
     if not hasattr(cache, "layers"):
         start = cache.cross_attention_cache.scaling_start
         cache.is_updated.update({start + i: done for i, done in half.is_updated.items()})

@@ -31,6 +31,7 @@ class xLoRAClassifier(nn.Module):
     def forward(self, hidden, attention_mask=None, input_ids=None):
         if not self.config.per_token:
             hidden = self.pool(hidden, attention_mask, input_ids)
+        hidden = hidden.to(self.last.weight.dtype)
         for layer in self.inner:
             hidden = layer(hidden)
         scalings = self.last(hidden).unflatten(-1, (-1, self.experts))
@@ -42,7 +43,7 @@ class xLoRAClassifier(nn.Module):
         stop = self.config.stop_token_id
         if stop is not None and input_ids is not None:
             # up to the first one
-            mask = mask * ((input_ids == stop).cumsum(1) == 0)
+            mask = mask * (((input_ids == stop) & (mask != 0)).cumsum(1) == 0)
         if self.config.use_mean_pool:
             return (hidden * mask[..., None]).sum(1).to(hidden.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
         last = (mask != 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)

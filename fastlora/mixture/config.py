@@ -11,12 +11,10 @@ from fastlora.ops import check
 class xLoRAConfig:
     """X-LoRA's configuration.
 
-    hidden_size: of the model, which is asked where this is None. adapters: {name: PEFT folder}, or given to
-    `add_xlora_to_model`. base_model_id and device (the classifier's; None is the model's) as in the original.
-
-    The classifier: `xlora_depth` linear layers, with `use_bias`, the inner ones `xlora_size` wide and, with
+    hidden_size: None is the model's. adapters: {name: PEFT folder}, or given to `add_xlora_to_model`. device: the
+    classifier's, of `xlora_depth` linear layers, with `use_bias`, the inner ones `xlora_size` wide and, with
     `enable_relu_and_dropout`, followed by ReLU and dropout of `xlora_dropout_p`. `layerwise_scalings`: gates for each
-    layer, not one set for all. `per_token=False`: a sequence has one set of gates, as in the first version, from the
+    layer. `per_token=False`: a sequence has one set of gates, as in the first version, from the
     mean of its hidden states (`use_mean_pool`) or from its last one, before the first `stop_token_id` if that is given.
 
     The gates: softmax of logits / `softmax_temperature` with `enable_softmax`; of these the `top_k_lora` largest, as

@@ -26,10 +26,15 @@ def save(mixture, directory, safe_serialization, is_main_process, names):
     if not is_main_process:
         return
     experts = {n: directory / (n if names == "xlora" else str(i)) for i, n in enumerate(mixture.expert_names)}
+    below = {f.resolve() for f in experts.values() if directory.resolve() in f.resolve().parents}
+    check.value(len(below) == len(experts), "adapters", list(experts), "names that can be folders of their own")
     own = json.dumps(_description(mixture, experts, names), indent=2) + "\n"
     tensors = {k: t.detach().cpu().contiguous() for k, t in mixture.xlora_classifier.state_dict().items()}
     for name, folder in experts.items():
         save_expert(mixture.model, name, folder)
+    # what an earlier save has left in the other format
+    for file in ("xlora_config.json", "xlora_classifier.safetensors", "xlora_classifier.pt"):
+        (directory / file).unlink(missing_ok=True)
     if names == "peft":
         (directory / "adapter_config.json").write_text(own, encoding="utf-8")
         save_file(_to_peft(tensors, mixture.xlora_config), directory / "adapter_model.safetensors")
@@ -143,6 +148,7 @@ def write_log(log, path):
     for file, places in mapping.items():
         stacked = torch.stack([log[i] for i in places]).float().cpu()
         numpy.save(file if len(mapping) > 1 else f"{path}.npy", stacked.numpy())
+    pathlib.Path(f"{path}-mapping.json").unlink(missing_ok=True)
     if len(mapping) > 1:
         pathlib.Path(f"{path}-mapping.json").write_text(json.dumps(mapping), encoding="utf-8")
 

@@ -1,7 +1,6 @@
 """X-LoRA's functions. Those of its first version that name no model mean the mixture that was made last."""
 
 import functools
-import os
 
 import torch
 
@@ -24,7 +23,8 @@ def add_xlora_to_model(model, xlora_config, adapters=None, verbose=False):
     check.kind(isinstance(xlora_config, xLoRAConfig), "xlora_config", type(xlora_config).__name__, "an xLoRAConfig")
     adapters = xlora_config.adapters if adapters is None else adapters
     mixture = xLoRAModel(model, xlora_config, adapters)
-    xlora_config.adapters = {n: str(f) if isinstance(f, (str, os.PathLike)) else None for n, f in adapters.items()}
+    folders = {name: None if isinstance(source, dict) else str(source) for name, source in adapters.items()}
+    mixture.xlora_config.adapters = folders
     if verbose:
         print(f"{len(mixture.expert_names)} experts on {len(mixture.experts)} layers")
     return mixture
@@ -41,16 +41,19 @@ def from_pretrained(load_directory, model, adapters=None, verbose=False, device=
     names = config.adapters or ()
     if not isinstance(adapters, dict):
         adapters = files.expert_folders(load_directory, names if adapters is None else adapters)
+    if set(adapters) == set(names):
+        # the classifier's order
+        adapters = {name: adapters[name] for name in names}
     count = len(adapters) == len(names) or not names
     check.value(count, "adapters", f"{len(adapters)} experts", f"{len(names)}, as the classifier was trained with")
     config.device = None if device is None else torch.device(device)
     mixture = add_xlora_to_model(model, config, adapters, verbose)
     try:
         tensors = files.read_classifier(load_directory, mixture.xlora_classifier, peft, from_safetensors)
-    except (ValueError, OSError):
+        mixture.xlora_classifier.load_state_dict(tensors)
+    except BaseException:
         mixture.remove()
         raise
-    mixture.xlora_classifier.load_state_dict(tensors)
     return mixture
 
 

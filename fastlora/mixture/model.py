@@ -1,5 +1,7 @@
 """The model with a mixture of experts, and X-LoRA's methods on it."""
 
+import copy
+import itertools
 import warnings
 import weakref
 
@@ -18,6 +20,7 @@ from fastlora.wrapper import Owner, Wrapper
 
 # the one that the first version's functions mean, which name no model
 _latest = None
+_numbers = itertools.count()
 
 
 def latest():
@@ -38,32 +41,44 @@ class xLoRAModel(Wrapper):
     def __init__(self, model, config, adapters, dtype=None):
         super().__init__()
         global _latest
-        size = getattr(getattr(model, "config", None), "hidden_size", config.hidden_size)
-        check.value(config.hidden_size in (None, size), "hidden_size", config.hidden_size, f"{size}, the model's")
+        size = getattr(getattr(model, "config", None), "hidden_size", None) or config.hidden_size
+        fits = isinstance(size, int) and config.hidden_size in (None, size)
+        check.value(fits, "hidden_size", config.hidden_size, f"{size or 'a number'}, the model's")
         check.kind(isinstance(adapters, dict), "adapters", type(adapters).__name__, "a dictionary {name: folder}")
         check_k(config.top_k_lora, len(adapters) or 1)
         self.owner, self.keys, self.expert_names = Owner(), tuple(map(escape, adapters)), list(adapters)
-        layers, stacks = open_experts(model, adapters, self.owner, dtype=dtype), stacks_of(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        layers = open_experts(model, adapters, self.owner, dtype=dtype)
+        # past nn.Module's registration: they are the model's
+        self.__dict__.update(experts=list(layers.values()), trained_before=trained)
+        self.model, self.xlora_config, self.stacks = model.requires_grad_(False), copy.copy(config), []
+        self.xlora_config.hidden_size = size
+        try:
+            self._build(layers)
+        except BaseException:
+            self.remove()
+            raise
+        self.train(model.training)
+        _latest = weakref.ref(self)
+
+    def _build(self, layers):
+        config, stacks = self.xlora_config, stacks_of(self.model)
         inside = {id(module) for stack in stacks for module in stack.modules()}
         outside = [name for name, layer in layers.items() if id(layer) not in inside]
-        if outside:
-            make_plain(model, merged=False)
         check.value(not outside, "adapters", f"experts on {', '.join(outside)}", "layers of the transformer itself")
-        config.hidden_size = size
-        self.__dict__["trained_before"] = [p for p in model.parameters() if p.requires_grad]
-        self.model, self.xlora_config = model.requires_grad_(False), config
-        # past nn.Module's registration: they are the model's
-        self.__dict__["experts"] = list(layers.values())
-        self.xlora_classifier = xLoRAClassifier(config, len(layers), len(adapters), like(model))
+        self.xlora_classifier = xLoRAClassifier(config, len(layers), len(self.keys), like(self.model))
         self.scalings_logging, self.log_scalings, self.latest_scalings = False, [], None
-        # (gates, for how many forwards yet), how many predictions to print
-        self.fixed, self.prints = None, 0
+        # (gates, for how many forwards yet), how many predictions to print, what tells its caches from others'
+        self.fixed, self.prints, self.number = None, 0, next(_numbers)
         self.set_scaling_pass_value(config.scaling_pass_value)
         self.set_use_trainable_adapters(config.use_trainable_adapters)
         cross = [layer.place for name, layer in layers.items() if is_cross(name)]
-        self.stacks = [Stack(self, stack, cross, counts=stack is stacks[-1]) for stack in stacks]
-        self.train(model.training)
-        _latest = weakref.ref(self)
+        self.stacks += [Stack(self, stack, cross, counts=stack is stacks[-1]) for stack in stacks]
+
+    def __getstate__(self):
+        # a tensor with a graph cannot be copied
+        latest = self.latest_scalings
+        return {**self.__dict__, "latest_scalings": latest if latest is None else latest.detach()}
 
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
@@ -79,7 +94,9 @@ class xLoRAModel(Wrapper):
         """Take the mixture away again: returns the plain model, as it was before."""
         for stack in self.stacks:
             stack.unhook()
-        make_plain(self.model, merged=False)
+        if self.experts:
+            make_plain(self.model, merged=False)
+        self.stacks, self.__dict__["experts"] = [], []
         for parameter in self.trained_before:
             parameter.requires_grad = True
         return self.model
@@ -90,6 +107,13 @@ class xLoRAModel(Wrapper):
     def is_disabled(self):
         """Whether this thread runs the model without its experts."""
         return bool(switch.off) and all(id(layer) in switch.off for layer in self.experts)
+
+    def scaling_mark(self):
+        """What the scaling pass's keys and values depend on, in words."""
+        config = self.xlora_config
+        names = ("scaling_pass_value", "top_k_lora", "enable_softmax_topk", "global_scaling_weight")
+        of = ", ".join(f"{n} {getattr(config, n)}" for n in (names if config.scaling_pass_value else names[:1]))
+        return f"mixture {self.number}, {of}"
 
     def scaling_pass(self):
         """(keys, gates) of the pass that the classifier reads: none for the value 0."""

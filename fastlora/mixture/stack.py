@@ -52,6 +52,8 @@ class Stack:
         for handle in self.handles:
             handle.remove()
 
+    # compiled as the root of a graph, a module would not see what its own hooks write to a threading.local
+    @torch.compiler.disable(recursive=False)
     def enter(self, module, args, kwargs):
         before = switch.tasks
         _running.runs = (*_running.runs, (self, before, None))
@@ -63,6 +65,7 @@ class Stack:
         switch.tasks = ((self.mixture.owner, self.mixture.keys, gates), *before)
         return (), kwargs
 
+    @torch.compiler.disable(recursive=False)
     def leave(self, module, args, output):
         # another hook may have raised before `enter`
         if not _running.runs or _running.runs[-1][0] is not self:
@@ -72,7 +75,7 @@ class Stack:
         if half is not None and output is not None:
             cache = find_cache(output if isinstance(output, tuple) else output.values())
             if cache is not None:
-                join_half(cache, half, self.mixture.xlora_config.scaling_pass_value)
+                join_half(cache, half, self.mixture.scaling_mark())
 
     def _gates(self, module, kwargs):
         """(the gates of this forward, the cache of its scaling pass or None)"""
@@ -86,7 +89,7 @@ class Stack:
         own = {**kwargs, "return_dict": True, "output_hidden_states": False, "output_attentions": False}
         half = None
         if cache is not None:
-            half = scaling_half(cache, mixture.xlora_config.scaling_pass_value)
+            half = scaling_half(cache, mixture.scaling_mark())
             own.update({name: half for name, value in kwargs.items() if value is cache})
         before = switch.tasks
         switch.tasks = ((mixture.owner, *mixture.scaling_pass()), *before)

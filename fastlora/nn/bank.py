@@ -1,5 +1,6 @@
 """A layer with several adapters, by name: which of them run is chosen per thread, in one gated call."""
 
+import itertools
 import operator
 import re
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from fastlora.nn.attention import ProjectionLoRA
-from fastlora.nn.layer import Adapter
+from fastlora.nn.layer import Adapter, stamp
 from fastlora.nn.rows import Stacked
 from fastlora.nn.switch import cannot_know, is_off, is_recompute, selection, switch
 from fastlora.ops import check
@@ -66,7 +67,7 @@ class Chooser:
     def __getstate__(self):
         # object has one from Python 3.11 on
         before = getattr(super(), "__getstate__", lambda: self.__dict__)()
-        return {**before, "_chose": None}
+        return {**before, "_chose": None, "_stack": None}
 
 
 class Bank(Chooser):
@@ -77,7 +78,7 @@ class Bank(Chooser):
 
     # in a mixture, whose layers may have gates of their own: the number of this layer
     place = None
-    # (keys, tensors, their versions, lora_A, lora_B, scaling) of frozen adapters in one piece
+    # what `_restack` made
     _stack = None
 
     def open(self, owner, lora_dropout=0.0):
@@ -131,28 +132,34 @@ class Bank(Chooser):
         if torch.compiler.is_compiling():
             return self.adapters()
         stack = self._stack
-        # few looks: each object is one that the product before has driven out of the caches
-        if stack is None or stack[0] != keys or stack[2] != [t._version for t in stack[1]] or torch.is_grad_enabled():
-            stack = self._stack = self._restack(keys, stack)
+        if stack is None or not stack[0](keys):
+            stack = self._stack = self._restack(keys)
         if stack is None:
             return self.adapters()
-        return *stack[3:], gates if gates is None else gates.to(stack[1][0].device)
+        return *stack[1:], gates if gates is None else gates.to(stack[2][0].device)
 
-    def _restack(self, keys, stack):
-        """What `_stack` should be: `stack` itself while it holds, or None where there is none to be had."""
+    def _restack(self, keys):
+        """(whether it holds yet, lora_A, lora_B, scaling) of frozen adapters in one piece; None where there is none."""
         own = type(self).adapters is not Bank.adapters
         if own or len(keys) < 2 or not self.stacks:
             return None
         tasks = pick(self.tasks, keys)
-        held = [t for task in tasks for t in (*task._parameters.values(), task.scaling)]
-        if any(t.requires_grad or t.is_inference() for t in held):
+        holders, scales = [task._parameters for task in tasks], [task.scaling for task in tasks]
+        tensors = [t for holder in holders for t in holder.values()]
+        if any(t.requires_grad or t.is_inference() for t in (*tensors, *scales)):
             return None
-        versions = [t._version for t in held]
-        if stack and stack[0] == keys and stack[2] == versions and all(map(operator.is_, held, stack[1])):
-            return stack
+        stamps = [*map(stamp, tensors)], [t._version for t in scales]
+
+        def holds(now):
+            # few looks: each object is one that the product before has driven out of the caches
+            held = itertools.chain.from_iterable(map(dict.values, holders))
+            same = now == keys and all(map(operator.is_, held, tensors))
+            same = same and stamps == ([*map(stamp, tensors)], [t._version for t in scales])
+            return same and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
+
         # out of inference mode, as a merged copy
         with torch.inference_mode(False), torch.no_grad():
-            return keys, held, versions, *self._in_one_piece(tasks)
+            return holds, *self._in_one_piece(tasks)
 
     def _in_one_piece(self, tasks):
         A, B = torch.cat([t.lora_A for t in tasks]), torch.cat([t.lora_B for t in tasks], 1)
@@ -165,9 +172,6 @@ class Bank(Chooser):
     def refresh(self):
         super().refresh()
         self._stack = None
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_stack": None}
 
     def forward(self, *args, **kwargs):
         if not torch.compiler.is_compiling():

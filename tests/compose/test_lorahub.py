@@ -59,8 +59,7 @@ def by_hand(kind, model):
 @pytest.mark.parametrize("kind", BUILD)
 def test_learning_merges_what_it_found(tmp_path, kind, mode):
     folders = save_modules(BUILD[kind], tmp_path, ((4, 8), (2, 2), (3, 1)))
-    # w = 0 is a saddle of products: there one candidate at a time may find nothing
-    weights, model, tokenizer = learn(kind, folders, 80, mode=mode, population=8)
+    weights, model, tokenizer = learn(kind, folders, 60, mode=mode, method="gradient")
     assert isinstance(weights, numpy.ndarray) and weights.shape == (3,) and isinstance(tokenizer, Tokenizer)
     # the merged model, by another way
     made, other = compose(folders, weights, mode), BUILD[kind]()
@@ -70,9 +69,11 @@ def test_learning_merges_what_it_found(tmp_path, kind, mode):
             layer.weight += made[key.replace("lora_A", "lora_B")] @ made[key]
     for (name, got), (_, expected) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         torch.testing.assert_close(got, expected, msg=name)
-    objective = by_hand(kind, model) + default_l1_regularization(weights)
-    assert objective < by_hand(kind, BUILD[kind]()) - 0.002
-    assert abs(learn(kind, folders, mode=mode, method="gradient")[0]).sum() > 0.1
+    plain = by_hand(kind, BUILD[kind]())
+    assert by_hand(kind, model) + default_l1_regularization(weights) < plain - 0.002
+    # evolution's first candidate is the plain model, so the best cannot be worse
+    weights, model, _ = learn(kind, folders, 80, mode=mode, population=8)
+    assert by_hand(kind, model) + default_l1_regularization(weights) < plain + 1e-5
 
 
 @pytest.mark.parametrize("kind", BUILD)

@@ -82,6 +82,33 @@ def test_trained_experts_are_saved(ours, tiny_llama, ids, tmp_path):
     assert again.get_use_trainable_adapters()
 
 
+@pytest.mark.parametrize("later", [{"names": "peft"}, {"safe_serialization": False}])
+def test_a_later_save_is_what_is_loaded(ours, tiny_llama, ids, tmp_path, later):
+    model = ours()
+    model.save_pretrained(tmp_path)
+    torch.nn.init.normal_(model.xlora_classifier.last.weight)
+    model.save_pretrained(tmp_path, **later)
+    again = mixture.from_pretrained(tmp_path, tiny_llama(), from_safetensors="names" in later)
+    torch.testing.assert_close(logits(again, ids), logits(model, ids))
+
+
+def test_experts_keep_the_classifiers_order(ours, tiny_llama, folders, ids, tmp_path):
+    model = ours()
+    model.save_pretrained(tmp_path)
+    turned = dict(reversed(folders.items()))
+    for adapters in (turned, list(turned)):
+        again = mixture.from_pretrained(tmp_path, tiny_llama(), adapters, False, "cpu")
+        torch.testing.assert_close(logits(again, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("name", ["..", "./code", "/tmp/x"])
+def test_names_that_are_no_folders_below_are_not_written(ours, folders, tmp_path, name):
+    model = ours(adapters={"code": folders["code"], name: folders["train"]})
+    with pytest.raises(ValueError, match="names that can be folders of their own"):
+        model.save_pretrained(tmp_path / "mixture")
+    assert not any(tmp_path.iterdir())
+
+
 def test_experts_in_the_first_versions_place(ours, tiny_llama, ids, tmp_path):
     model = ours()
     model.save_pretrained(tmp_path)
@@ -149,6 +176,10 @@ def test_a_folder_that_does_not_fit_leaves_the_model_alone(untouched, ours, fold
     save_file({**tensors, "last.weight": tensors["last.weight"][1:]}, file)
     with pytest.raises(ValueError, match=r"last.weight.*\(23, 32\).*expected.*\(24, 32\)"):
         mixture.from_pretrained(tmp_path, untouched, folders, False, "cpu")
+    file.write_bytes(b"cut off")
+    with pytest.raises(Exception, match="(?i)header|deserializ"):
+        mixture.from_pretrained(tmp_path, untouched, folders, False, "cpu")
+    refuse(untouched, RuntimeError, "nonsense", folders, device="nonsense")
     file.unlink()
     with pytest.raises(FileNotFoundError, match="xlora_classifier"):
         mixture.from_pretrained(tmp_path, untouched, folders, False, "cpu")

@@ -164,6 +164,9 @@ def test_a_stop_token_ends_the_sequence(ours):
     classifier = ours(per_token=False, stop_token_id=2, use_mean_pool=False).xlora_classifier
     hidden, tokens = torch.arange(8.0).view(1, 4, 2), torch.tensor([[5, 6, 2, 2]])
     assert classifier.pool(hidden, None, tokens).tolist() == [[2.0, 3.0]]
+    # padding on the left may be the same token
+    padded, mask = torch.tensor([[2, 2, 6, 2]]), torch.tensor([[0, 0, 1, 1]])
+    assert classifier.pool(hidden, mask, padded).tolist() == [[4.0, 5.0]]
 
 
 @pytest.mark.parametrize(

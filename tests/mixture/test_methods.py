@@ -48,6 +48,9 @@ def test_the_log_on_disk(ours, ids, tmp_path, shapes):
     again = mixture.load_scalings_log(str(tmp_path / "log"))
     assert [tuple(t.shape[:2]) for t in again] == shapes
     assert all(torch.equal(a, b) for a, b in zip(again, log, strict=True))
+    model(ids)
+    model.flush_log_scalings(str(tmp_path / "log"))
+    assert len(mixture.load_scalings_log(str(tmp_path / "log"))) == 1
 
 
 def test_latest_scalings_carry_gradients(ours, ids):

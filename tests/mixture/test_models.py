@@ -112,9 +112,11 @@ def gradients(model, ids):
 def test_activation_checkpointing(ours, ids):
     model = ours(layerwise_scalings=True).train()
     want = gradients(model, ids)
-    model.gradient_checkpointing_enable()
-    for got, exact in zip(gradients(model, ids), want, strict=True):
-        torch.testing.assert_close(got, exact)
+    enables = [n for n in ("gradient", "activation") if hasattr(model.model, f"{n}_checkpointing_enable")]
+    for name in enables:
+        getattr(model, f"{name}_checkpointing_enable")()
+        for got, exact in zip(gradients(model, ids), want, strict=True):
+            torch.testing.assert_close(got, exact)
     model.model.gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(RuntimeError, match="checkpoint_context"):
         gradients(model, ids)
@@ -129,6 +131,8 @@ def test_copies_are_of_their_own(ours, ids, way):
         return torch.load(file, weights_only=False)
 
     model = ours(layerwise_scalings=True).eval()
+    # its last scalings have a graph
+    model(ids)
     other = (by_torch if way == "torch" else way)(model)
     with torch.no_grad():
         want = model(ids).logits
@@ -182,6 +186,31 @@ def test_compiled(ours, ids):
     with torch.no_grad():
         for x in (ids, ids[:, :6], ids):
             torch.testing.assert_close(compiled(x).logits, model(x).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["whole", "module", "method"])
+def test_a_compiled_transformer_sees_its_gates(ours, ids, part):
+    model = ours(layerwise_scalings=True).eval()
+    with torch.no_grad():
+        want = model(ids).logits
+        if part == "whole":
+            model.compile(backend="eager")
+        elif part == "module":
+            model.model.model = torch.compile(model.model.model, backend="eager")
+        else:
+            model.model.model.compile(backend="eager")
+        torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)
+    model(ids, labels=ids).loss.backward()
+    assert model.xlora_classifier.last.weight.grad.abs().max() > 0
+
+
+def test_mixtures_of_one_configuration_are_apart(tiny_llama, folders):
+    config = mixture.xLoRAConfig(scaling_pass_value=None)
+    one = mixture.add_xlora_to_model(tiny_llama(), config, folders)
+    two = mixture.add_xlora_to_model(tiny_llama(), config, dict(list(folders.items())[:2]))
+    two.set_topk_lora(1)
+    assert one.get_topk_lora() is None and two.xlora_config.scaling_pass_value == 0.5
+    assert config == mixture.xLoRAConfig(scaling_pass_value=None)
 
 
 def test_a_state_dict_goes_back(ours, tiny_llama, folders, ids):

@@ -50,11 +50,11 @@ def stacked(model):
 def test_it_is_made_once(model):
     holds(model)
     first = model.model[0]._stack
-    assert isinstance(first[3], Stacked) and first[3].ranks == [2, 3, 4] and first[3][0].shape == (9, 12)
+    assert isinstance(first[1], Stacked) and first[1].ranks == [2, 3, 4] and first[1][0].shape == (9, 12)
     holds(model)
     assert model.model[0]._stack is first
     holds(model, {"c": 1.0, "a": 3.0})
-    assert model.model[0]._stack[3].ranks == [4, 2]
+    assert model.model[0]._stack[1].ranks == [4, 2]
     # weights alone make no other piece
     holds(model, {"c": 0.0, "a": -3.0})
 
@@ -82,6 +82,16 @@ def test_it_follows(model, grad):
     model.remove_task("c").add_task("c", r=5, init="original").requires_grad_(False, task="c")
     check()
     layer.tasks["a"].lora_B.data = torch.ones(20, 2)
+    check()
+    layer.tasks["a"].lora_B = nn.Parameter(torch.randn(20, 2), requires_grad=False)
+    check()
+    other = {"model.0.tasks.a.lora_A": torch.ones(2, 12)}
+    got = torch.func.functional_call(model, other, (X,), {"tasks": CHOICE}).detach()
+    check()
+    with torch.no_grad():
+        layer.tasks["a"].lora_A.copy_(torch.ones(2, 12))
+    torch.testing.assert_close(got, exact(model), rtol=1e-4, atol=1e-5)
+    layer.tasks["a"].lora_A.data.mul_(2)
     fastlora.refresh(model)
     check()
 
@@ -120,7 +130,7 @@ def test_half_precision_and_copies(model):
         task.float()
     holds(model)
     y = half(X.bfloat16(), tasks=CHOICE)
-    assert half.model[0]._stack[3][0].dtype == torch.bfloat16
+    assert half.model[0]._stack[1][0].dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), exact(model), rtol=0.05, atol=0.05)
     assert not stacked(copy.deepcopy(model))
     with torch.inference_mode():
