@@ -63,8 +63,9 @@ Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef rank
     AT_DISPATCH_FLOATING_TYPES(dtype, "gate", [&] {
       const auto *from = given.const_data_ptr<scalar_t>(), *s = scale.const_data_ptr<scalar_t>();
       auto* to = gate.rows.data_ptr<scalar_t>();
-      for (int64_t i = 0; i < M * E; i++)
-        to = std::fill_n(to, ranks[i % E], s[scale.numel() == 1 ? 0 : i % E] * (gates ? from[i] : 1));
+      const int64_t step = scale.numel() > 1;
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t e = 0; e < E; e++) to = std::fill_n(to, ranks[e], s[e * step] * (gates ? *from++ : 1));
     });
     return gate;
   }

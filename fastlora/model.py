@@ -184,10 +184,15 @@ def mark_only_lora_as_trainable(model, bias="none"):
     update_fast_paths(model)
 
 
+def get_nb_trainable_parameters(model):
+    """(number of trained parameters, number of all)"""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
 def print_trainable_parameters(model):
     """Print how many parameters are trained, of how many, and the share in percent."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    total, trained = sum(n for n, _ in sizes), sum(n for n, wanted in sizes if wanted)
+    trained, total = get_nb_trainable_parameters(model)
     print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / max(total, 1):.4f}")
 
 

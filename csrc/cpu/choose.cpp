@@ -96,6 +96,7 @@ const Cpu& cpu() {
 // from what such kernels are known to reach there, not yet measured with these. Small M: dot and direct read w once, where
 // it lies. Large M: packed reaches torch's own GEMM, except where MKL is at its best (fp32 on Intel) and where w is large
 // and bf16: oneDNN packs it faster, the more so where w lies along n.
+// With tiles oneDNN's bf16 product is the faster one from M = 8 on (Emerald Rapids, 1024 x 1024; at M = 4 dot is).
 Form choose(const Shape& s, const Cpu& cpu) {
   const bool dot_bf16 = s.type == kBFloat16 && cpu.dot_bf16;
   if (s.type == kBFloat16 && cpu.amx && s.M >= 8 && !cpu.pinned) return kVendor;

@@ -45,12 +45,12 @@ def save_adapter(model, folder):
     check.value(inside, "model", "LoRA layers without an adapter of their own", "one with adapters")
     own = {name: name if m.kind != "projection" else name.rpartition(".")[0] for name, m in inside.items()}
     layers = {name: modules[name] for name in own.values()}
+    _warn_of_convolutions(layers)
     write_adapter(model, layers, folder, _trained_biases(model, layers))
 
 
 def write_adapter(model, layers, folder, bias="none"):
     """`save_adapter` of these {name: layer}, which need no more than a layer's description and tensors."""
-    _warn_of_convolutions(layers)
     written = {name: write(layer, "peft", name) for name, layer in layers.items()}
     named = {join(path, name): tensor for path, tensors in written.items() for name, tensor in tensors.items()}
     named.update(_biases(model, layers, bias))
@@ -174,20 +174,24 @@ def read_adapter(model, source):
     `source`: a folder in PEFT's format, or its tensors by name, in any library's names (lora_alpha is then r). plan:
     {layer's name: Planned}; base: [(parameter, its trained value)] of biases. Raises ValueError as `load_adapter` does.
     """
-    if isinstance(source, dict):
-        config, stored = {}, source
-    else:
-        folder = pathlib.Path(source)
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        check_config(config)
-        stored = load_file(folder / "adapter_model.safetensors")
+    config, stored = open_adapter(source)
     tensors = {}
     for key, tensor in stored.items():
         put(tensors, from_any_name(key), tensor)
     return _plan(model, config, tensors), config, _check_base_tensors(model, config, tensors)
 
 
-def check_config(config):
+def open_adapter(source):
+    """(config, tensors by the names that they have there) of a folder in PEFT's format; ({}, tensors) of tensors."""
+    if isinstance(source, dict):
+        return {}, source
+    folder = pathlib.Path(source)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    _check_config(config)
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def _check_config(config):
     check.value(config.get("peft_type") == "LORA", "peft_type", repr(config.get("peft_type")), "'LORA'")
     extra = sorted(key for key, value in config.items() if value and key not in _UNDERSTOOD)
     got = ", ".join(f"{key} = {config[key]!r}" for key in extra)

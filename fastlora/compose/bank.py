@@ -41,8 +41,9 @@ class Composition:
                 # a projection of an attention layer
                 continue
             r = max(task.r for task in held)
-            blank = tuple(map(torch.zeros_like, _padded(held[0], r)))
-            A, B = zip(*(blank if task is None else _padded(task, r) for task in tasks), strict=True)
+            each = [None if t is None else padded(t.lora_A, t.lora_B * t.scaling.to(t.lora_B.dtype), r) for t in tasks]
+            blank = tuple(map(torch.zeros_like, next(pair for pair in each if pair)))
+            A, B = zip(*(pair or blank for pair in each), strict=True)
             shapes = A[0].shape, B[0].shape
             if self.mode == "lorahub":
                 A, B = (torch.stack(factors).flatten(1) for factors in (A, B))
@@ -61,9 +62,9 @@ class Composition:
             yield
 
 
-def _padded(task, r):
-    """lora_A and lora_B with scaling, of rank r: their dimensions 0 and 1."""
-    A, B, more = task.lora_A, task.lora_B * task.scaling.to(task.lora_B.dtype), r - task.r
+def padded(A, B, r):
+    """lora_A and lora_B with zeros up to the rank r: their dimensions 0 and 1."""
+    more = r - len(A)
     return F.pad(A, (0, 0) * (A.dim() - 1) + (0, more)), F.pad(B, (0, 0) * (B.dim() - 2) + (0, more))
 
 

@@ -1,18 +1,14 @@
 """One adapter of several: LoraHub's composition of the factors, the exact sum, and PEFT's merges."""
 
 import importlib
-import json
 import math
-import pathlib
 import re
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
-from fastlora.checkpoint.folder import alpha_of, check_config
-from fastlora.compose.bank import MODES, named, numbers
+from fastlora.checkpoint.folder import alpha_of, open_adapter
+from fastlora.compose.bank import MODES, named, numbers, padded
 from fastlora.nn.names import from_any_name
 from fastlora.ops import check
 
@@ -66,12 +62,7 @@ class _Pair:
 
 def _read(name, source):
     """{layer: _Pair} of an adapter."""
-    config, tensors = {}, source
-    if not isinstance(source, dict):
-        folder = pathlib.Path(source)
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        check_config(config)
-        tensors = load_file(folder / "adapter_model.safetensors")
+    config, tensors = open_adapter(source)
     found, where = {}, f"adapters[{name!r}]"
     for key, tensor in tensors.items():
         match = re.fullmatch(r"((?:.+\.)?)lora_([AB])", from_any_name(key))
@@ -116,9 +107,8 @@ def _combined(mode, held, weights, options):
         A = torch.cat([pair.A for pair in pairs])
         return A, torch.cat([weight * B for weight, B in zip(weights, scaled, strict=True)], 1)
     r = max(pair.r for pair in pairs)
-    A = [F.pad(pair.A, (0, 0) * (pair.A.dim() - 1) + (0, r - pair.r)) for pair in pairs]
-    B = [F.pad(B, (0, 0) * (B.dim() - 2) + (0, r - B.shape[1])) for B in scaled]
-    return [sum(w * t for w, t in zip(weights, factors, strict=True)) for factors in (A, B)]
+    factors = zip(*(padded(pair.A, B, r) for pair, B in zip(pairs, scaled, strict=True)), strict=True)
+    return [sum(w * t for w, t in zip(weights, each, strict=True)) for each in factors]
 
 
 def _by_peft(mode, pairs, weights, options):

@@ -14,12 +14,11 @@ from fastlora.mixture.functions import (
     enable_scalings_logging,
     flush_log_scalings,
     from_pretrained,
-    get_nb_trainable_parameters,
     print_scalings_predictions,
     set_scalings_with_lifetime,
 )
 from fastlora.mixture.model import xLoRAModel
-from fastlora.model import print_trainable_parameters
+from fastlora.model import get_nb_trainable_parameters, print_trainable_parameters
 
 __all__ = [
     "add_xlora_to_model", "disable_scalings_logging", "enable_scalings_logging", "flush_log_scalings",

@@ -17,7 +17,7 @@ class xLoRAClassifier(nn.Module):
 
     def __init__(self, config, layers, experts, like):
         super().__init__()
-        self.config, self.layers, self.experts = config, layers, experts
+        self.config, self.experts = config, experts
         sizes = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1)]
         out = experts * (layers if config.layerwise_scalings else 1)
         options = {"bias": config.use_bias, "device": config.device or like.device, "dtype": like.dtype}

@@ -69,7 +69,6 @@ enable_scalings_logging = _of_the_latest(xLoRAModel.enable_scalings_logging)
 flush_log_scalings = _of_the_latest(xLoRAModel.flush_log_scalings)
 print_scalings_predictions = _of_the_latest(xLoRAModel.print_scalings_predictions)
 set_scalings_with_lifetime = _of_the_latest(xLoRAModel.set_scalings_with_lifetime)
-get_nb_trainable_parameters = xLoRAModel.get_nb_trainable_parameters
 
 
 def disable_scalings_logging():

@@ -11,7 +11,7 @@ from fastlora.experts import open_experts
 from fastlora.mixture import files
 from fastlora.mixture.classifier import check_k, xLoRAClassifier
 from fastlora.mixture.stack import Stack, is_cross, stacks_of
-from fastlora.model import disable_adapter, make_plain, print_trainable_parameters
+from fastlora.model import disable_adapter, get_nb_trainable_parameters, make_plain, print_trainable_parameters
 from fastlora.nn.bank import escape
 from fastlora.nn.convert import like
 from fastlora.nn.switch import switch
@@ -38,7 +38,7 @@ class xLoRAModel(Wrapper):
     the last hidden state of the same model without experts. Made by `add_xlora_to_model`. Generation keeps a cache.
     """
 
-    def __init__(self, model, config, adapters, dtype=None):
+    def __init__(self, model, config, adapters):
         super().__init__()
         global _latest
         size = getattr(getattr(model, "config", None), "hidden_size", None) or config.hidden_size
@@ -48,7 +48,7 @@ class xLoRAModel(Wrapper):
         check_k(config.top_k_lora, len(adapters) or 1)
         self.owner, self.keys, self.expert_names = Owner(), tuple(map(escape, adapters)), list(adapters)
         trained = [p for p in model.parameters() if p.requires_grad]
-        layers = open_experts(model, adapters, self.owner, dtype=dtype)
+        layers = open_experts(model, adapters, self.owner)
         # past nn.Module's registration: they are the model's
         self.__dict__.update(experts=list(layers.values()), trained_before=trained)
         self.model, self.xlora_config, self.stacks = model.requires_grad_(False), copy.copy(config), []
@@ -102,6 +102,7 @@ class xLoRAModel(Wrapper):
         return self.model
 
     disable_adapter = disable_adapter
+    get_nb_trainable_parameters = get_nb_trainable_parameters
     print_trainable_parameters = print_trainable_parameters
 
     def is_disabled(self):
@@ -224,11 +225,6 @@ class xLoRAModel(Wrapper):
 
     def get_use_trainable_adapters(self):
         return self.xlora_config.use_trainable_adapters
-
-    def get_nb_trainable_parameters(self):
-        """(number of trained parameters, number of all)"""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
     def save_pretrained(self, save_directory, safe_serialization=True, is_main_process=True, names="xlora"):
         """Write the mixture as a folder of xlora's or of PEFT's ("peft"), with each expert in one of its own below."""

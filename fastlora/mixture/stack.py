@@ -7,7 +7,7 @@ import threading
 import torch
 
 from fastlora.mixture.cache import find_cache, join_half, scaling_half
-from fastlora.nn.switch import switch
+from fastlora.nn.switch import selected, switch
 from fastlora.ops import check
 
 
@@ -91,13 +91,8 @@ class Stack:
         if cache is not None:
             half = scaling_half(cache, mixture.scaling_mark())
             own.update({name: half for name, value in kwargs.items() if value is cache})
-        before = switch.tasks
-        switch.tasks = ((mixture.owner, *mixture.scaling_pass()), *before)
-        try:
-            with torch.no_grad():
-                output = module.forward(**own)
-        finally:
-            switch.tasks = before
+        with torch.no_grad(), selected(mixture.owner, *mixture.scaling_pass()):
+            output = module.forward(**own)
         if fixed is None:
             mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
             fixed = self._with_cross(mixture.predict(output.last_hidden_state, mask, ids), kwargs)
@@ -105,8 +100,9 @@ class Stack:
 
     def _with_cross(self, gates, kwargs):
         """`gates`, those of the layers that read the encoder's states being predicted from these."""
-        states = kwargs.get("encoder_hidden_states")
-        if not self.cross or states is None:
+        states, cache = kwargs.get("encoder_hidden_states"), find_cache(kwargs.values())
+        # once the cache holds their keys and values, these layers run no more
+        if not self.cross or states is None or any(getattr(cache, "is_updated", {}).values()):
             return gates
         mixture = self.mixture
         theirs = mixture.gates_of(mixture.xlora_classifier(states))

@@ -144,8 +144,7 @@ class Bank(Chooser):
 
     def _restack(self, keys):
         """(whether it holds yet, lora_A, lora_B, scaling) of frozen adapters in one piece; None where there is none."""
-        own = type(self).adapters is not Bank.adapters
-        if own or len(keys) < 2 or not self.stacks:
+        if len(keys) < 2 or not self.stacks:
             return None
         tasks = pick(self.tasks, keys)
         holders, scales = [task._parameters for task in tasks], [task.scaling for task in tasks]

@@ -25,17 +25,11 @@ from fastlora.compose import (
     compose,
     default_get_loss,
     default_l1_regularization,
-    lorahub,
     lorahub_inference,
     lorahub_learning,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:COBYLA")
-
-
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch):
-    monkeypatch.setattr(lorahub, "NEW_TOKENS", 5)
 
 
 def by_hand(kind, model):

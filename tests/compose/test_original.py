@@ -15,7 +15,6 @@ from fastlora.compose import (
     compose,
     default_get_loss,
     default_l1_regularization,
-    lorahub,
     lorahub_inference,
     lorahub_learning,
     merge_composed,
@@ -23,11 +22,6 @@ from fastlora.compose import (
 from fastlora.compose.lorahub import Examples, encode
 
 pytestmark = pytest.mark.filterwarnings("ignore:COBYLA")
-
-
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch):
-    monkeypatch.setattr(lorahub, "NEW_TOKENS", 5)
 
 
 def original_loss(example_dataset, model, batch_size):
