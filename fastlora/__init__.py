@@ -28,7 +28,7 @@ from fastlora.nn import (
     MultiheadAttention,
     checkpoint_context,
 )
-from fastlora.ops import lora_expand, lora_linear, lora_shrink
+from fastlora.ops import Pages, Route, lora_expand, lora_linear, lora_routed, lora_shrink
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,6 +41,8 @@ __all__ = [
     "LoRALayer",
     "MergedLinear",
     "MultiheadAttention",
+    "Pages",
+    "Route",
     "checkpoint_context",
     "disable_adapter",
     "enable_input_require_grads",
@@ -50,6 +52,7 @@ __all__ = [
     "load_lora_state_dict",
     "lora_expand",
     "lora_linear",
+    "lora_routed",
     "lora_shrink",
     "lora_state_dict",
     "mark_only_lora_as_trainable",

@@ -109,19 +109,23 @@ def pairs(lora_A, lora_B, out, x):
         matrix("lora_B", b, out, a.shape[0], x)
 
 
-def linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
+def base(x, weight, bias):
     floating("x", x)
     value(x.dim() >= 1, "x", "a 0-d tensor", "(..., in)")
     value(weight.dim() == 2, "weight", f"shape {tuple(weight.shape)}", "(out, in)")
     value(x.shape[-1] == weight.shape[1], "x", f"shape {tuple(x.shape)}", f"(..., {weight.shape[1]}), as weight's in")
     same("weight", weight, x)
+    if bias is not None:
+        value(tuple(bias.shape) == weight.shape[:1], "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},)")
+        same("bias", bias, x)
+
+
+def linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
+    base(x, weight, bias)
     shrink(x, lora_A, dropout_p, seed)
     out = weight.shape[0]
     pairs(lora_A, lora_B, out, x)
     gate(scaling, gates, ranks, len(lora_A), sum(a.shape[0] for a in lora_A), x.shape[:-1], x.device)
-    if bias is not None:
-        value(tuple(bias.shape) == (out,), "bias", f"shape {tuple(bias.shape)}", f"({out},)")
-        same("bias", bias, x)
     if column_scale is not None:
         value(tuple(column_scale.shape) == (out,), "column_scale", f"shape {tuple(column_scale.shape)}", f"({out},)")
         floating("column_scale", column_scale)
