@@ -8,6 +8,7 @@
 #include "cpu/choose.h"
 #include "dispatch.h"
 #include "ops.h"
+#include "routed.h"
 
 namespace fastlora {
 namespace {
@@ -20,6 +21,9 @@ void compute(torch::Library& m) {
   m.impl("lora_shrink_backward", lora_shrink_backward);
   m.impl("lora_expand", lora_expand);
   m.impl("lora_expand_backward", lora_expand_backward);
+  m.impl("lora_routed", lora_routed);
+  m.impl("lora_routed_forward", lora_routed_forward);
+  m.impl("lora_routed_backward", lora_routed_backward);
   m.impl("draw_seed", draw_seed);
 }
 
@@ -27,8 +31,10 @@ void autograd(torch::Library& m) {
   m.impl("lora_linear", lora_linear_autograd);
   m.impl("lora_shrink", lora_shrink_autograd);
   m.impl("lora_expand", lora_expand_autograd);
+  m.impl("lora_routed", lora_routed_autograd);
   // double backward raises by name instead of being silently wrong
-  for (auto op : {"lora_linear_forward", "lora_linear_backward", "lora_shrink_backward", "lora_expand_backward"})
+  for (auto op : {"lora_linear_forward", "lora_linear_backward", "lora_shrink_backward", "lora_expand_backward",
+                  "lora_routed_forward", "lora_routed_backward"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }
 
@@ -36,6 +42,7 @@ template <at::DeviceType device>
 void autocast(torch::Library& m) {
   m.impl("lora_linear", lora_linear_autocast<device>);
   m.impl("lora_shrink", lora_shrink_autocast<device>);
+  m.impl("lora_routed", lora_routed_autocast<device>);
 }
 
 // Called once, after the torch version was compared and the schemas are declared; static so that it lasts the process.

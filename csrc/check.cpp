@@ -58,6 +58,15 @@ void gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, si
   FASTLORA_VALUE(fits, "gates", c10::str("shape ", gates->sizes()), "a shape that broadcasts to ", IntArrayRef(full));
 }
 
+void base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  floating("x", x);
+  FASTLORA_VALUE(x.dim() >= 1, "x", "a 0-d tensor", "(..., in)");
+  FASTLORA_VALUE(weight.dim() == 2, "weight", c10::str("shape ", weight.sizes()), "(out, in)");
+  FASTLORA_VALUE(x.size(-1) == weight.size(1), "x", c10::str("shape ", x.sizes()), "(..., ", weight.size(1), "), as weight's in");
+  same("weight", weight, x);
+  if (bias) vector("bias", *bias, weight.size(0)), same("bias", *bias, x);
+}
+
 }  // namespace
 
 void dropout(double p, const MaybeTensor& seed, const Tensor& x) {
@@ -77,21 +86,50 @@ void shrink(FASTLORA_SHRINK_ARGS) {
 }
 
 void linear(FASTLORA_LINEAR_ARGS) {
-  floating("x", x);
-  FASTLORA_VALUE(x.dim() >= 1, "x", "a 0-d tensor", "(..., in)");
-  FASTLORA_VALUE(weight.dim() == 2, "weight", c10::str("shape ", weight.sizes()), "(out, in)");
-  FASTLORA_VALUE(x.size(-1) == weight.size(1), "x", c10::str("shape ", x.sizes()), "(..., ", weight.size(1), "), as weight's in");
-  same("weight", weight, x);
+  base(x, weight, bias);
   shrink(FASTLORA_SHRINK);
   FASTLORA_VALUE(lora_A.size() == lora_B.size(), "lora_B", c10::str(lora_B.size(), " tensors"), lora_A.size(), ", as lora_A");
   const auto out = weight.size(0);
   for (size_t e = 0; e < lora_A.size(); e++) adapter("lora_B", lora_B[e], out, lora_A[e].size(0), x);
   gate(scaling, gates, ranks, lora_A.size(), total_rank(lora_A, 0), x);
-  if (bias) vector("bias", *bias, out), same("bias", *bias, x);
   if (column_scale) {
     vector("column_scale", *column_scale, out), floating("column_scale", *column_scale);
     on_device("column_scale", *column_scale, x);
   }
+}
+
+void routed(FASTLORA_ROUTED_ARGS) {
+  base(x, weight, bias);
+  const auto out = weight.size(0), in = weight.size(1), k = std::max<int64_t>(1, slices.size()), tokens = route[2].size(0);
+  int64_t sum = 0, least = 0;
+  for (auto width : slices) sum += width, least = std::min(least, width);
+  FASTLORA_VALUE(slices.empty() || (least == 0 && sum == out), "slices", slices, "widths that sum to ", out);
+  FASTLORA_VALUE(lora_A.size() == lora_B.size(), "lora_B", c10::str(lora_B.size(), " tensors"), lora_A.size(), ", as lora_A");
+  for (size_t e = 0; e < lora_A.size(); e++) {
+    adapter("lora_B", lora_B[e], out, -1, x);
+    adapter("lora_A", lora_A[e], k * lora_B[e].size(1), in, x);
+  }
+  FASTLORA_VALUE(tokens == rows_of(x), "route", c10::str("a route of ", tokens, " tokens"), "one of ", rows_of(x), ", as x has");
+  on_device("route", gates, x);
+  const auto E = static_cast<int64_t>(lora_A.size());
+  floating("scaling", scaling);
+  FASTLORA_VALUE(scaling.dim() == 0 || (scaling.dim() == 1 && scaling.size(0) == E), "scaling",
+                 c10::str("shape ", scaling.sizes()), "() or (", E, ",)");
+  FASTLORA_VALUE(column_scale.empty() || column_scale.size() == lora_A.size(), "column_scale", column_scale.size(), E,
+                 ", as lora_A");
+  for (const auto& c : column_scale)
+    if (c.numel()) vector("column_scale", c, out);
+  if (!pages.empty()) {
+    const auto &A = pages[0], &B = pages[1];
+    FASTLORA_VALUE(A.dim() == 4 && B.dim() == 3 && A.size(1) == k && A.size(2) == 8 && A.size(3) == in &&
+                       B.size(0) == A.size(0) && B.size(1) == 8 && B.size(2) == out,
+                   "pages", c10::str("A ", A.sizes(), " and B ", B.sizes()), "A (P, ", k, ", 8, ", in, ") and B (P, 8, ", out, ")");
+    on_device("pages", A, x);
+  }
+  const Plan plan(route);
+  const auto slots = paged(pages) + E;
+  for (auto slot = plan.slots; slot != plan.slots + plan.bounds[plan.G]; slot++)
+    FASTLORA_VALUE(*slot < slots, "route", c10::str("slot ", *slot), "slots below ", slots);
 }
 
 void expand(FASTLORA_EXPAND_ARGS) {

@@ -17,6 +17,7 @@ namespace {
 #include "gemm.inc.h"
 #include "packed.inc.h"
 #include "reduce.inc.h"
+#include "spread.inc.h"
 #include "table.inc.h"
 }  // namespace
 const Kernels* avx2() { return &table; }

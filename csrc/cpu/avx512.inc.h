@@ -15,6 +15,7 @@ namespace {
 #include "gemm.inc.h"
 #include "packed.inc.h"
 #include "reduce.inc.h"
+#include "spread.inc.h"
 #include "table.inc.h"
 }  // namespace
 }  // namespace fastlora::cpu

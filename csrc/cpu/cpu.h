@@ -99,6 +99,30 @@ struct Outer {
   float* const* da;     // of each adapter [rank, K]
 };
 
+// One adapter of a token's list: `pieces` of rank rows along n, and DoRA's d = c - 1 or null
+struct Added {
+  int pieces;
+  const Factor* b;
+  const void* d;
+};
+
+// For M rows of y that share a list, in the columns n0 .. n1: with v = y - bias, y += sum over the list's adapters j of
+// sum_r zg[m, r] b(r, n), which DoRA makes (1 + d) that + gates[offsets[rows[m]] + j] d v
+struct Spread {
+  Type type;
+  int64_t M, n0, n1;
+  const int64_t* rows;     // y's row of each
+  const float* zg;
+  int64_t ldz;
+  const float* gates;
+  const int32_t* offsets;
+  int adapters;
+  const Added* list;
+  void* y;
+  int64_t ldy;
+  const void* bias;
+};
+
 enum Form { kDot, kDirect, kPacked, kVendor };
 
 constexpr int kGroup = 256;     // columns of w packed together: one read of an x tile serves them
@@ -112,6 +136,7 @@ struct Kernels {
   void (*shrink)(const Shrink&, int64_t m0, int64_t m1, char* scratch);
   void (*reduce)(const Reduce&, int64_t m0, int64_t m1, int64_t slice, char* scratch);
   void (*outer)(const Outer&, int64_t k0, int64_t k1, char* scratch);
+  void (*spread)(const Spread&, int64_t n0, int64_t n1);
   void (*dropout)(Type, const void* x, void* y, int64_t n, int64_t i, const Mask&);   // one row, from element i of the mask
   int tile_columns;   // n0 and n1 are multiples of it, except N itself
 };

@@ -1,7 +1,6 @@
 #include "host.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/sum.h>
 
@@ -10,34 +9,6 @@
 
 namespace fastlora::cpu {
 namespace {
-
-constexpr int64_t kOneThread = 200000;   // multiply-adds below which waking the others costs more
-
-// Grows and stays, per thread: kernels ask for no memory of their own.
-char* scratch(int64_t bytes) {
-  thread_local std::unique_ptr<char[]> buffer;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    buffer.reset(new char[bytes + 64]);
-    size = bytes;
-  }
-  return buffer.get() + (64 - reinterpret_cast<uintptr_t>(buffer.get()) % 64) % 64;
-}
-
-int threads_for(int64_t multiply_adds) {
-  return multiply_adds < kOneThread || at::in_parallel_region() ? 1 : at::get_num_threads();
-}
-
-template <class F>
-void parallel(int64_t tasks, const F& f) {
-  if (tasks == 1) return f(0);
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) f(t);
-  });
-}
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t chunk_of(int64_t n, int64_t parts, int64_t unit) { return divide_up(divide_up(n, parts), unit) * unit; }
 
 // Columns first, so that w is read once; rows as well where the columns do not suffice.
 void run_grid(const Gemm& p, Form form, int threads) {
@@ -75,6 +46,21 @@ struct Sums {
 };
 
 }  // namespace
+
+char* scratch(int64_t bytes) {
+  thread_local std::unique_ptr<char[]> buffer;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    buffer.reset(new char[bytes + 64]);
+    size = bytes;
+  }
+  return buffer.get() + (64 - reinterpret_cast<uintptr_t>(buffer.get()) % 64) % 64;
+}
+
+int threads_for(int64_t multiply_adds) {
+  constexpr int64_t one_thread = 200000;   // below it waking the others costs more
+  return multiply_adds < one_thread || at::in_parallel_region() ? 1 : at::get_num_threads();
+}
 
 Type type_of(const Tensor& t) {
   return t.scalar_type() == at::kFloat ? kFloat : t.scalar_type() == at::kBFloat16 ? kBFloat16 : kHalf;

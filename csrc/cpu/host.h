@@ -1,5 +1,6 @@
 // From tensors to the kernels' structs, and from a struct to threads.
 #pragma once
+#include <ATen/Parallel.h>
 #include <c10/util/SmallVector.h>
 
 #include "../gate.h"
@@ -7,6 +8,19 @@
 #include "choose.h"
 
 namespace fastlora::cpu {
+
+char* scratch(int64_t bytes);            // grows and stays, per thread: kernels ask for no memory of their own
+int threads_for(int64_t multiply_adds);
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t chunk_of(int64_t n, int64_t parts, int64_t unit) { return divide_up(divide_up(n, parts), unit) * unit; }
+
+template <class F>
+void parallel(int64_t tasks, const F& f) {
+  if (tasks == 1) return f(0);
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) f(t);
+  });
+}
 
 // Whether our kernels take x with these adapters (double goes to the composed form, and so does an empty product).
 bool takes(const Tensor& x, TensorList adapters);

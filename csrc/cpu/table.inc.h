@@ -52,10 +52,13 @@ void reduce(const Reduce& p, int64_t m0, int64_t m1, int64_t slice, char* scratc
 void outer(const Outer& p, int64_t k0, int64_t k1, char* scratch) {
   by_type(p.type, [&](auto t) { outer_columns<typename Pointee<decltype(t)>::type>(p, k0, k1, {scratch}); });
 }
+void spread(const Spread& p, int64_t n0, int64_t n1) {
+  by_type(p.type, [&](auto t) { spread_columns<typename Pointee<decltype(t)>::type>(p, n0, n1); });
+}
 void dropout(Type type, const void* x, void* y, int64_t n, int64_t i, const Mask& mask) {
   by_type(type, [&](auto t) {
     typedef decltype(t) P;
     keep_row((P)x, (P)y, n, i, mask, mask.scale);
   });
 }
-constexpr Kernels table = {gemm, shrink, reduce, outer, dropout, kPanel};
+constexpr Kernels table = {gemm, shrink, reduce, outer, spread, dropout, kPanel};

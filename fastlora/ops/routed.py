@@ -78,7 +78,7 @@ class _Adapters:
             scale = scales[slot]
         else:
             check.value(e < len(self.A), "route", f"slot {slot}", f"slots below {self.S + len(self.A)}")
-            a, b, scale = self.A[e].unflatten(0, (self.k, -1)), self.B[e].T, self.scales[e]
+            a, b, scale = self.A[e].unflatten(0, (self.k, self.B[e].shape[1])), self.B[e].T, self.scales[e]
             c = self.column_scale[e] if self.column_scale else self.x.new_empty(0)
             d = (c.to(wide(self.x)) - 1) if c.numel() else None
         to = wide(self.x)
@@ -108,7 +108,7 @@ def lora_routed_forward_reference(x, weight, lora_A, lora_B, scaling, bias, rout
             if d is not None:
                 update = d * v[tokens] + (1 + d) * update
             y[tokens] += gates[entries, None].to(z.dtype) * update
-    return y.to(x.dtype).view(*x.shape[:-1], -1), z.flatten(1)
+    return y.to(x.dtype).view(*x.shape[:-1], len(weight)), z.flatten(1)
 
 
 def lora_routed_backward_reference(
@@ -117,7 +117,7 @@ def lora_routed_backward_reference(
     offsets, slots, order, _, plan = route
     need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates = needs
     adapters, x2, dy2 = _Adapters(x, lora_A, lora_B, scaling, column_scale, slices, pages), flat(x), flat(dy)
-    dy2, z, wide_x = dy2.to(z.dtype), z.view(len(slots), adapters.k, -1), x2.to(z.dtype)
+    dy2, z, wide_x = dy2.to(z.dtype), z.unflatten(1, (adapters.k, z.shape[1] // adapters.k)), x2.to(z.dtype)
     dv, dx = dy2.clone(), torch.zeros_like(wide_x)
     dA, dB = [torch.zeros_like(a, dtype=z.dtype) for a in lora_A], [torch.zeros_like(b, dtype=z.dtype) for b in lora_B]
     dgates, dscale = torch.zeros_like(gates, dtype=z.dtype), dx.new_zeros(len(lora_A))
