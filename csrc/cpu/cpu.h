@@ -106,11 +106,11 @@ struct Added {
   const void* d;
 };
 
-// For M rows of y that share a list, in the columns n0 .. n1: with v = y - bias, y += sum over the list's adapters j of
-// sum_r zg[m, r] b(r, n), which DoRA makes (1 + d) that + gates[offsets[rows[m]] + j] d v
+// For M rows of y that share a list: with v = y - bias, y += sum over the list's adapters j of sum_r zg[m, r] b(r, n), which
+// DoRA makes (1 + d) that + gates[offsets[rows[m]] + j] d v
 struct Spread {
   Type type;
-  int64_t M, n0, n1;
+  int64_t M;
   const int64_t* rows;     // y's row of each
   const float* zg;
   int64_t ldz;

@@ -1,7 +1,6 @@
-// lora_routed on a CPU: z = x aT adapter by adapter, the base product, then each row's sum of its adapters' b. No weight is
-// gathered or padded; rows of x are, where a segment's tokens do not lie together.
-#include "../routed.h"
-
+// lora_routed on a CPU: the base product, then each thread takes some tokens through both halves of their adapters' update.
+// No weight is gathered or padded; rows of x are, where a segment's tokens do not lie together.
+#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -10,204 +9,95 @@
 #include <algorithm>
 #include <cstring>
 
-#include "host.h"
+#include "adapters.h"
 
 namespace fastlora::cpu {
 namespace {
 
-constexpr int64_t kPieceRows = 16;   // most rank rows of a task, so that few adapters still occupy all threads
-constexpr int64_t kTaskRows = 64;    // most tokens of a task
+constexpr int64_t kPartRows = 64;   // most tokens that go through together
 
-// One adapter: where its rank rows lie, in pieces of consecutive ones. a [k, rank, in] and b [rank, out] of x's type.
-struct Entry {
-  int64_t rank = 0;
-  float scale = 1;
-  const void* d = nullptr;   // c - 1
-  c10::SmallVector<Factor, 4> a, b;   // a's slices stand `slice` bytes apart
-  int64_t slice = 0;
+// Tokens of one segment, by their places in `order`.
+struct Part {
+  const Segment* s;
+  int64_t start, stop;
+  int64_t z(const Adapters& c) const { return s->z + (start - s->start) * c.k * s->R; }
 };
 
-struct Segment {
-  int64_t start, stop, R;   // R: ranks of all its adapters
-  const int64_t *slots, *end;
-  int64_t z;                // where its [tokens, k, R] begins
-};
-
-struct Call {
-  Call(const Tensor& x, TensorList lora_A, TensorList lora_B, const Tensor& scaling, TensorList route, const Tensor& gates,
-       TensorList column_scale, IntArrayRef slices, TensorList pages);
-  const Entry& of(int64_t slot) const { return entries[index[slot]]; }
-  void add(int64_t slot, const Tensor& x, TensorList lora_A, TensorList lora_B, const Tensor& scales,
-           TensorList column_scale, TensorList pages);
-
-  Type type;
-  int64_t k, total = 0;      // slices; floats of all z
-  bool dora = false;
-  const int32_t* offsets;
-  const int64_t* order;
-  const float* gates;
-  std::vector<int64_t> bounds;   // of the slices, in columns
-  std::vector<Segment> segments;
-  std::vector<int32_t> index;    // by slot, of entries
-  std::vector<Entry> entries;
-  Tensors keep;
-};
-
-Call::Call(const Tensor& x, TensorList lora_A, TensorList lora_B, const Tensor& scaling, TensorList route,
-           const Tensor& gate_values, TensorList column_scale, IntArrayRef slices, TensorList pages)
-    : type(type_of(x)), k(std::max<int64_t>(1, slices.size())), bounds{0} {
-  for (auto width : slices) bounds.push_back(bounds.back() + width);
-  keep = {route[0].contiguous(), route[2].contiguous(), gate_values.to(at::kFloat).contiguous(),
-          scaling.to(at::kFloat).expand({static_cast<int64_t>(lora_A.size())}).contiguous()};
-  offsets = keep[0].const_data_ptr<int32_t>();
-  order = keep[1].const_data_ptr<int64_t>();
-  gates = keep[2].const_data_ptr<float>();
-  const auto scales = keep[3];
-  const Plan plan(route);
-  index.assign(paged(pages) + lora_A.size(), -1);
-  for (int64_t i = 0; i < plan.G; i++) {
-    Segment s{plan.starts[i], plan.starts[i + 1], 0, plan.slots + plan.bounds[i], plan.slots + plan.bounds[i + 1], total};
-    for (auto slot = s.slots; slot != s.end; slot++) {
-      if (index[*slot] < 0) add(*slot, x, lora_A, lora_B, scales, column_scale, pages);
-      s.R += of(*slot).rank;
-    }
-    total += (s.stop - s.start) * k * s.R;
-    if (s.slots != s.end) segments.push_back(s);
-  }
-}
-
-void Call::add(int64_t slot, const Tensor& x, TensorList lora_A, TensorList lora_B, const Tensor& scales,
-               TensorList column_scale, TensorList pages) {
-  index[slot] = static_cast<int32_t>(entries.size());
-  auto& entry = entries.emplace_back();
-  const auto K = x.size(-1), bytes = x.element_size();
-  // pieces of consecutive rank rows, at most kPieceRows
-  const auto piece = [&](const char* a, const char* b, int64_t N, int64_t rank) {
-    for (int64_t r = 0; r < rank; r += kPieceRows) {
-      const auto rows = std::min(kPieceRows, rank - r);
-      entry.a.push_back({a + r * K * bytes, type, rows, K, false});
-      entry.b.push_back({b + r * N * bytes, type, rows, N, false});
-    }
-  };
-  if (const auto own = slot - paged(pages); own >= 0) {
-    const auto a = lora_A[own].to(x.scalar_type()).contiguous(), b = lora_B[own].t().to(x.scalar_type()).contiguous();
-    entry.rank = b.size(0), entry.scale = scales.const_data_ptr<float>()[own], entry.slice = entry.rank * K * bytes;
-    piece(static_cast<const char*>(a.const_data_ptr()), static_cast<const char*>(b.const_data_ptr()), b.size(1), entry.rank);
-    keep.insert(keep.end(), {a, b});
-    if (column_scale.empty() || !column_scale[own].numel()) return;
-    keep.push_back(column_scale[own].to(at::kFloat).sub(1).to(x.scalar_type()).contiguous());
-    entry.d = keep.back().const_data_ptr();
-  } else {
-    const auto N = pages[1].size(2), page_a = k * 8 * K * bytes, page_b = 8 * N * bytes;
-    const auto *A = static_cast<const char*>(pages[0].const_data_ptr()), *B = static_cast<const char*>(pages[1].const_data_ptr());
-    const auto* table = pages[2].const_data_ptr<int32_t>() + slot * pages[2].size(1);
-    entry.rank = pages[3].const_data_ptr<int32_t>()[slot], entry.scale = pages[4].const_data_ptr<float>()[slot];
-    entry.slice = 8 * K * bytes;
-    for (int64_t p = 0, left = entry.rank; left > 0;) {
-      int64_t n = 1;   // neighbours in one piece
-      while (k == 1 && n * 8 < left && table[p + n] == table[p] + n) n++;
-      piece(A + table[p] * page_a, B + table[p] * page_b, N, std::min(left, n * 8));
-      left -= n * 8, p += n;
-    }
-    const auto column = pages[5].const_data_ptr<int32_t>()[slot];
-    if (column >= 0) entry.d = B + column * page_b;
-  }
-  dora |= entry.d != nullptr;
-}
-
-// z of every segment: x aT, or with `back` dy b, which has the same form (only without slices)
-void project(const Call& c, const Rows& x, bool back, float* z) {
-  struct Task {
-    const Segment* segment;
-    const Factor* factor;
-    int64_t slice, start, stop, column;
-  };
-  const int64_t row = x.ld * x.tensor.element_size(), bytes = x.n * x.tensor.element_size();
-  std::vector<Task> tasks;
-  std::vector<const char*> at;      // each segment's rows of x, `lds` apart
-  std::vector<int64_t> lds;
-  int64_t gathered = 0, work = 0;
-  const auto together = [&](const Segment& s) {
-    for (auto i = s.start + 1; i < s.stop; i++)
-      if (c.order[i] != c.order[i - 1] + 1) return false;
-    return true;
-  };
-  for (const auto& s : c.segments) {
-    const bool whole = together(s);
-    at.push_back(whole ? static_cast<const char*>(x.data) + c.order[s.start] * row : nullptr);
-    lds.push_back(whole ? x.ld : x.n);
-    gathered += whole ? 0 : s.stop - s.start;
-    work += (s.stop - s.start) * c.k * s.R * x.n;
-    int64_t column = 0;
-    for (int64_t slice = 0; slice < c.k; slice++)
-      for (auto slot = s.slots; slot != s.end; slot++)
-        for (const auto& f : back ? c.of(*slot).b : c.of(*slot).a) {
-          for (auto start = s.start; start < s.stop; start += kTaskRows)
-            tasks.push_back({&s, &f, slice * c.of(*slot).slice, start, std::min(s.stop, start + kTaskRows), column});
-          column += f.rank;
-        }
-  }
-  const auto copy = gathered ? make({gathered * x.n}, x.tensor, x.tensor.scalar_type()) : Tensor();
-  auto* to = gathered ? static_cast<char*>(copy.mutable_data_ptr()) : nullptr;
-  for (size_t i = 0; i < at.size(); i++) {
-    if (at[i]) continue;
-    at[i] = to;
-    for (auto t = c.segments[i].start; t < c.segments[i].stop; t++, to += bytes)
-      std::memcpy(to, static_cast<const char*>(x.data) + c.order[t] * row, bytes);
+// z = x aT, or with `back` dy b, which has the same form (where there are no slices)
+void project(const Adapters& c, const Part& p, const Rows& x, bool back, float* z) {
+  const int64_t width = c.k * p.s->R, size = x.tensor.element_size(), bytes = x.n * size, M = p.stop - p.start;
+  const auto* order = c.order + p.start;
+  const auto* rows = static_cast<const char*>(x.data) + order[0] * x.ld * size;
+  bool together = true;
+  for (int64_t i = 1; i < M; i++) together &= order[i] == order[i - 1] + 1;
+  thread_local std::vector<char> copy;
+  if (!together) {
+    copy.resize(M * bytes);
+    for (int64_t i = 0; i < M; i++)
+      std::memcpy(copy.data() + i * bytes, static_cast<const char*>(x.data) + order[i] * x.ld * size, bytes);
+    rows = copy.data();
   }
   const auto* table = cpu().table[c.type];
-  const auto run_task = [&](int64_t t) {
-    const auto& [s, f, slice, start, stop, column] = tasks[t];
-    const auto i = s - c.segments.data(), width = c.k * s->R;
-    auto factor = *f;
-    factor.data = static_cast<const char*>(f->data) + slice;
-    const Shrink p{c.type, stop - start, x.n, width, at[i] + (start - s->start) * lds[i] * x.tensor.element_size(), lds[i],
-                   1, &factor, {}, z + s->z + (start - s->start) * width + column};
-    table->shrink(p, 0, p.M, scratch(scratch_bytes(p)));
-  };
-  if (threads_for(work) > 1) return parallel(tasks.size(), run_task);
-  for (size_t t = 0; t < tasks.size(); t++) run_task(t);
+  int64_t column = 0;
+  for (int64_t slice = 0; slice < c.k; slice++)
+    for (auto slot = p.s->slots; slot != p.s->end; slot++) {
+      const auto& entry = c.of(*slot);
+      for (auto factor : back ? entry.b : entry.a) {
+        factor.data = static_cast<const char*>(factor.data) + slice * entry.slice;
+        const Shrink shrink{c.type, M, x.n, width, rows, together ? x.ld : x.n, 1, &factor, {}, z + column};
+        table->shrink(shrink, 0, M, scratch(scratch_bytes(shrink)));
+        column += factor.rank;
+      }
+    }
 }
 
-// y += each row's sum of zg b, or with `back` of zg a; DoRA's term needs y before its bias
-void spread(const Call& c, const float* zg, bool back, const Tensor& y, const Tensor& bias) {
+// y += each row's sum of zg b, or with `back` of zg a
+void spread(const Adapters& c, const Part& p, const float* zg, bool back, const Tensor& y, const Tensor& bias) {
+  c10::SmallVector<Added, 8> list;
+  for (auto slot = p.s->slots; slot != p.s->end; slot++) {
+    const auto& entry = c.of(*slot);
+    const auto& factors = back ? entry.a : entry.b;
+    list.push_back({static_cast<int>(factors.size()), factors.data(), back ? nullptr : entry.d});
+  }
   const auto N = y.size(-1);
-  int64_t work = 0;
-  std::vector<Spread> parts;
-  std::vector<c10::SmallVector<Added, 4>> lists;
-  lists.reserve(c.segments.size());
-  for (const auto& s : c.segments) {
-    auto& list = lists.emplace_back();
-    for (auto slot = s.slots; slot != s.end; slot++) {
-      const auto& f = back ? c.of(*slot).a : c.of(*slot).b;
-      list.push_back({static_cast<int>(f.size()), f.data(), back ? nullptr : c.of(*slot).d});
-    }
-    for (int64_t i = 0; i < c.k; i++) {
-      const auto n0 = c.k == 1 ? 0 : c.bounds[i], n1 = c.k == 1 ? N : c.bounds[i + 1];
-      parts.push_back({c.type, s.stop - s.start, n0, n1, c.order + s.start, zg + s.z + i * s.R, c.k * s.R, c.gates,
-                       c.offsets, static_cast<int>(list.size()), list.data(), y.mutable_data_ptr(), N,
-                       bias.defined() ? bias.const_data_ptr() : nullptr});
-    }
-    work += (s.stop - s.start) * s.R * N;
-  }
-  const auto* table = cpu().table[c.type];
-  const int64_t chunk = chunk_of(N, threads_for(work), 64);
-  parallel(divide_up(N, chunk), [&](int64_t t) {
-    for (const auto& p : parts) table->spread(p, std::max(p.n0, t * chunk), std::min(p.n1, (t + 1) * chunk));
-  });
+  for (int64_t i = 0; i < c.k; i++)
+    cpu().table[c.type]->spread({c.type, p.stop - p.start, c.order + p.start, zg + i * p.s->R, c.k * p.s->R, c.gates, c.offsets,
+                                 static_cast<int>(list.size()), list.data(), y.mutable_data_ptr(), N,
+                                 bias.defined() ? bias.const_data_ptr() : nullptr},
+                                c.k == 1 ? 0 : c.bounds[i], c.k == 1 ? N : c.bounds[i + 1]);
 }
 
-// f(entry, slot, slice, gate times scale, where its part of z begins, its rank) of each adapter of each token
+// f(entry, slot, slice, gate times scale, where its z begins, its rank) of each adapter of each of a part's tokens
 template <class F>
-void walk(const Call& c, F&& f) {
-  for (const auto& s : c.segments)
-    for (auto i = s.start; i < s.stop; i++)
-      for (int64_t slice = 0, at = s.z + (i - s.start) * c.k * s.R; slice < c.k; slice++)
-        for (auto slot = s.slots; slot != s.end; slot++) {
-          const int64_t entry = c.offsets[c.order[i]] + (slot - s.slots), rank = c.of(*slot).rank;
-          f(entry, *slot, slice, c.gates[entry] * c.of(*slot).scale, at, rank);
-          at += rank;
-        }
+void walk(const Adapters& c, const Part& p, F&& f) {
+  auto at = p.z(c);
+  for (auto i = p.start; i < p.stop; i++)
+    for (int64_t slice = 0; slice < c.k; slice++)
+      for (auto slot = p.s->slots; slot != p.s->end; slot++) {
+        const auto& adapter = c.of(*slot);
+        const int64_t entry = c.offsets[c.order[i]] + (slot - p.s->slots);
+        f(entry, *slot, slice, c.gates[entry] * adapter.scale, at, adapter.rank);
+        at += adapter.rank;
+      }
+}
+
+// f(part), the work of equal weight for each thread
+template <class F>
+void for_parts(const Adapters& c, int64_t columns, F&& f) {
+  int64_t work = 0;
+  for (const auto& s : c.segments) work += (s.stop - s.start) * (s.R + 1);
+  const int64_t threads = threads_for(work * columns);
+  parallel(threads, [&](int64_t thread) {
+    const auto from = work * thread / threads, to = work * (thread + 1) / threads;
+    int64_t begin = 0;
+    for (const auto& s : c.segments) {
+      const auto tokens = s.stop - s.start, first = begin;
+      const auto place = [&](int64_t at) { return std::clamp<int64_t>(divide_up(at - first, s.R + 1), 0, tokens); };
+      for (auto i = place(from); i < place(to); i += kPartRows)
+        f(Part{&s, s.start + i, s.start + std::min(i + kPartRows, place(to))});
+      begin += tokens * (s.R + 1);
+    }
+  });
 }
 
 void base(const Rows& x, const Tensor& weight, const Tensor& bias, const Tensor& y) {
@@ -227,15 +117,15 @@ bool ours(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorList page
   return takes(x, lora_A) && takes(x, lora_B) && (pages.empty() || (plain(pages[0]) && plain(pages[1])));
 }
 
-// The rows of t that a slot's tokens have, a view where they lie together.
+// The rows that a pair's tokens have, a view where they lie together.
 Tensor rows_of(const Tensor& t, const std::vector<int64_t>& tokens) {
   const auto n = static_cast<int64_t>(tokens.size());
-  if (n && tokens.back() - tokens.front() == n - 1 && std::is_sorted(tokens.begin(), tokens.end()))
+  if (tokens.back() - tokens.front() == n - 1 && std::is_sorted(tokens.begin(), tokens.end()))
     return t.narrow(0, tokens.front(), n);
   return t.index_select(0, at::tensor(tokens));
 }
 
-// grad [rank, columns] = sum over the slot's tokens of t rows
+// (rank, columns): tT x over a pair's tokens
 Tensor outer(const Tensor& t, const Tensor& x, const Tensor& like) {
   const Rows rows(x);
   const Factor f{nullptr, type_of(x), t.size(1), rows.n, false};
@@ -247,28 +137,33 @@ Tensor outer(const Tensor& t, const Tensor& x, const Tensor& like) {
 
 RoutedForward routed_forward(FASTLORA_ROUTED_ARGS, bool want_z) {
   if (!ours(x, lora_A, lora_B, pages)) return composed::routed_forward(FASTLORA_ROUTED);
-  const Call c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   const Rows rows(x);
+  const auto N = weight.size(0);
+  const Plan plan(route);
+  const bool vendor = choose({type_of(x), rows.M, N, rows.n, 0, weight.stride(1) == 1, false}, cpu()) == kVendor;
+  if (plan.bounds[plan.G] == 0 && !want_z && vendor) return {at::linear(x, weight, bias), nothing(x)};
+  const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   const auto row = bias ? bias->contiguous() : Tensor();
-  auto y = make(with_last(x.sizes(), weight.size(0)), x, x.scalar_type());
+  auto y = make(with_last(x.sizes(), N), x, x.scalar_type());
   auto out = want_z ? at::zeros({gates.size(0), c.k * most_ranks(lora_B, pages)}, x.options().dtype(at::kFloat)) : nothing(x);
   base(rows, weight, row, y);
-  if (c.total == 0 && !c.dora) return {y, out};
   const auto buffer = make({c.total}, x, at::kFloat);
-  auto* z = buffer.data_ptr<float>();
-  project(c, rows, false, z);
+  auto *z = buffer.data_ptr<float>(), *kept = want_z ? out.data_ptr<float>() : nullptr;
   const auto width = want_z ? out.size(1) : 0;
-  walk(c, [&](int64_t entry, int64_t, int64_t slice, float g, int64_t at, int64_t rank) {
-    if (want_z) std::memcpy(out.data_ptr<float>() + entry * width + slice * (width / c.k), z + at, rank * sizeof(float));
-    for (int64_t r = 0; r < rank; r++) z[at + r] *= g;
+  for_parts(c, rows.n + N, [&](const Part& p) {
+    project(c, p, rows, false, z + p.z(c));
+    walk(c, p, [&](int64_t entry, int64_t, int64_t slice, float g, int64_t at, int64_t rank) {
+      if (kept) std::memcpy(kept + entry * width + slice * (width / c.k), z + at, rank * sizeof(float));
+      for (int64_t r = 0; r < rank; r++) z[at + r] *= g;
+    });
+    spread(c, p, z + p.z(c), false, y, row);
   });
-  spread(c, z, false, y, row);
   return {y, out};
 }
 
 RoutedBackward routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
   if (!ours(x, lora_A, lora_B, pages) || !slices.empty()) return composed::routed_backward(FASTLORA_ROUTED_BACKWARD);
-  const Call c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
+  const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   if (c.dora) return composed::routed_backward(FASTLORA_ROUTED_BACKWARD);
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates] = needs;
   const Rows rows(dy);
@@ -276,29 +171,32 @@ RoutedBackward routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
   auto *t = buffer.data_ptr<float>(), *zg = t + c.total;
   const auto S = paged(pages), E = static_cast<int64_t>(lora_A.size()), width = z.size(1);
   auto dg = at::zeros({gates.size(0)}, z.options()), ds = at::zeros({E}, z.options());
-  std::vector<std::vector<int64_t>> tokens(E), places(E);   // of each pair: its tokens, and where their z lies
-  project(c, rows, true, t);
-  walk(c, [&](int64_t entry, int64_t slot, int64_t, float g, int64_t at, int64_t rank) {
-    const float* of_entry = saved.const_data_ptr<float>() + entry * width;
-    float sum = 0;
-    for (int64_t r = 0; r < rank; r++) {
-      sum += t[at + r] * of_entry[r];
-      t[at + r] *= g, zg[at + r] = of_entry[r] * g;
-    }
-    dg.data_ptr<float>()[entry] = sum * c.of(slot).scale;
-    if (slot < S) return;
-    ds.data_ptr<float>()[slot - S] += sum * c.gates[entry];
-    places[slot - S].push_back(at);
-  });
-  for (const auto& s : c.segments)
-    for (auto i = s.start; i < s.stop; i++)
-      for (auto slot = s.slots; slot != s.end; slot++)
-        if (*slot >= S) tokens[*slot - S].push_back(c.order[i]);
+  auto* sums = dg.data_ptr<float>();
   auto dx = nothing(x);
-  if (need_x) {
-    dx = make(x.sizes(), x, x.scalar_type());
-    base(rows, weight.t(), {}, dx);
-    if (c.total) spread(c, t, true, dx, {});
+  if (need_x) base(rows, weight.t(), {}, dx = make(x.sizes(), x, x.scalar_type()));
+  for_parts(c, rows.n + x.size(-1), [&](const Part& p) {
+    project(c, p, rows, true, t + p.z(c));
+    walk(c, p, [&](int64_t entry, int64_t, int64_t, float g, int64_t at, int64_t rank) {
+      const float* z_row = saved.const_data_ptr<float>() + entry * width;
+      for (int64_t r = 0; r < rank; r++) {
+        sums[entry] += t[at + r] * z_row[r];
+        t[at + r] *= g, zg[at + r] = z_row[r] * g;
+      }
+    });
+    if (need_x) spread(c, p, t + p.z(c), true, dx, {});
+  });
+  std::vector<std::vector<int64_t>> tokens(E), places(E);   // of each pair: its tokens, and where their z lies
+  for (const auto& s : c.segments) {
+    const Part whole{&s, s.start, s.stop};
+    int64_t seen = 0;
+    walk(c, whole, [&](int64_t entry, int64_t slot, int64_t, float, int64_t at, int64_t) {
+      const auto token = c.order[s.start + seen++ / (s.end - s.slots)];
+      if (slot >= S) {
+        tokens[slot - S].push_back(token), places[slot - S].push_back(at);
+        ds.data_ptr<float>()[slot - S] += sums[entry] * c.gates[entry];
+      }
+      sums[entry] *= c.of(slot).scale;
+    });
   }
   Tensors dA, dB;
   for (int64_t e = 0; e < E && (need_A || need_B); e++) {
