@@ -11,11 +11,13 @@ from .linear import (
     lora_linear_forward,
     lora_linear_forward_objection,
 )
+from .routed import lora_routed_forward, lora_routed_forward_objection
 from .shrink import lora_shrink, lora_shrink_backward, lora_shrink_backward_objection, lora_shrink_objection
 
 __all__ = [
     "lora_dropout", "lora_dropout_objection", "lora_expand", "lora_expand_backward",
     "lora_expand_backward_objection", "lora_expand_objection", "lora_linear_backward",
-    "lora_linear_backward_objection", "lora_linear_forward", "lora_linear_forward_objection", "lora_shrink",
-    "lora_shrink_backward", "lora_shrink_backward_objection", "lora_shrink_objection",
+    "lora_linear_backward_objection", "lora_linear_forward", "lora_linear_forward_objection", "lora_routed_forward",
+    "lora_routed_forward_objection", "lora_shrink", "lora_shrink_backward", "lora_shrink_backward_objection",
+    "lora_shrink_objection",
 ]  # fmt: skip
