@@ -62,6 +62,11 @@ def is_linear(module):
     return kind is not None and issubclass(kind, (DenseLoRA, OpaqueLoRA))
 
 
+def dense_weight(module):
+    """W as (out, in) of a module whose kind is DenseLoRA, plain or not."""
+    return module.weight.t() if getattr(type(module), "lora_base", type(module)) in _transposed else module.weight
+
+
 def factor_shapes(module, r):
     """The shapes of lora_A and lora_B for an adapter of rank r on this module, plain or not."""
     return kind_of(module).adapter_shapes(module, r)
@@ -99,7 +104,8 @@ def _bound_forwards(module):
     ]  # fmt: skip
 
 
-def _change_class(module, cls):
+def change_class(module, cls):
+    """Make a module one of another class, with the forwards that accelerate has put on it."""
     bound = _bound_forwards(module)
     module.__class__ = cls
     for key in bound:
@@ -116,10 +122,10 @@ def convert(module, *mixins):
     """Make a module a LoRA layer, in place, without an adapter yet; `mixins` come before its kind (Bank, say)."""
     base, kind = type(module), kind_of(module)
     if kind is AttentionLoRA:
-        _change_class(module, lora_class(base, AttentionLoRA))
+        change_class(module, lora_class(base, AttentionLoRA))
         module.add_projections(PROJECTIONS, mixins[0].projection if mixins else ProjectionLoRA)
         return
-    _change_class(module, lora_class(base, *mixins, kind))
+    change_class(module, lora_class(base, *mixins, kind))
     if base in _transposed:
         module.fan_in_fan_out = True
 
@@ -132,7 +138,7 @@ def restore(module, merged):
             module.merge_projections()
         for name in module.projections():
             del module._modules[f"lora_{name}"]
-        _change_class(module, base)
+        change_class(module, base)
         return
     weight = None
     if merged and module.r:
@@ -145,4 +151,4 @@ def restore(module, merged):
     for name in _OWN:
         for attributes in (module._parameters, module._modules, vars(module)):
             attributes.pop(name, None)
-    _change_class(module, base)
+    change_class(module, base)
