@@ -135,9 +135,9 @@ def opened(model, adapters, mode):
     """
     check.value(mode in MODES, "mode", repr(mode), "'lorahub' or 'sum'")
     owner = Composition(mode, adapters)
+    layers = open_experts(model, adapters, owner, bank=Composed if mode == "lorahub" else Bank)
     training = [(module, module.training) for module in model.modules()]
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    layers = open_experts(model, adapters, owner, bank=Composed if mode == "lorahub" else Bank)
     try:
         for name, layer in layers.items():
             groups = getattr(layer, "groups", 1)
