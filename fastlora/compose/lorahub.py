@@ -164,14 +164,12 @@ def _load(model, tokenizer, adapters):
         first = next(iter(adapters.values()))
         check.value(not isinstance(first, dict), "model_name_or_path", None, "a model, as the first module is tensors")
         model = json.loads((pathlib.Path(first) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    name = model if isinstance(model, str) else getattr(model, "name_or_path", None)
     if isinstance(model, str):
         config = transformers.AutoConfig.from_pretrained(model)
-        end = "Seq2SeqLM" if config.is_encoder_decoder else "CausalLM"
-        if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
-            end = "SequenceClassification"
+        classifies = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+        end = "SequenceClassification" if classifies else "Seq2SeqLM" if config.is_encoder_decoder else "CausalLM"
         model = getattr(transformers, f"AutoModelFor{end}").from_pretrained(model)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer or name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer or getattr(model, "name_or_path", None))
     return model, tokenizer

@@ -47,7 +47,7 @@ def save(mixture, directory, safe_serialization, is_main_process, names):
 
 
 def _description(config, experts, names):
-    given = {name: getattr(config, name) for name in _FIELDS}
+    given = dataclasses.asdict(config)
     kept = {name: value for name, value in given.items() if name not in _OURS or value != _FIELDS[name]}
     if names == "xlora":
         del kept["device"]
@@ -61,9 +61,8 @@ def _description(config, experts, names):
 
 def _peft_names(classifier):
     """{a tensor's name: PEFT's}, which numbers the linear layers together with the ReLUs and dropouts between them."""
-    step = 3 if classifier.config.xlora_dropout_p > 0 else 2
+    step, names = 3 if classifier.config.xlora_dropout_p > 0 else 2, enumerate(classifier.state_dict())
     # a weight and a bias each
-    names = enumerate(classifier.state_dict())
     return {name: f"{_PEFT_KEY}{i // 2 * step}.{name.rpartition('.')[2]}" for i, name in names}
 
 
