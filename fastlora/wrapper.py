@@ -32,10 +32,9 @@ class Wrapper(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **options):
         """transformers' method, with `context_fn=fastlora.checkpoint_context`: a recompute runs the same adapters."""
-        given = dict(gradient_checkpointing_kwargs or {})
-        reentrant = given.setdefault("use_reentrant", False)
-        check.value(not reentrant, "use_reentrant", reentrant, "False: a reentrant recompute cannot know the adapters")
-        given.setdefault("context_fn", checkpoint_context)
+        given = {"use_reentrant": False, "context_fn": checkpoint_context, **(gradient_checkpointing_kwargs or {})}
+        check.value(not given["use_reentrant"], "use_reentrant", given["use_reentrant"],
+                    "False: a reentrant recompute cannot know the adapters")  # fmt: skip
         name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
         enable = getattr(self.model, f"{name}_checkpointing_enable")
         enable(**{f"{name}_checkpointing_kwargs": given}, **options)
