@@ -37,7 +37,7 @@ class Routed(Chooser):
 
 
 def attach(model, pool=None, **options):
-    """Make a model's dense linear layers, in place, use the adapters of a pool: by default AdapterPool(model, **options).
+    """Make a model's dense linear layers, in place, use a pool's adapters; by default AdapterPool(model, **options).
 
     `model.generate` then takes `adapters`, one spec for each prompt: None, a name, or {name: weight}; what the
     attention mask leaves out is the base's alone. Returns the pool. Raises ValueError for a model that has adapters of
