@@ -1,17 +1,13 @@
-// Argument checks of the ops, by name: what was given and what was expected (fastlora/ops/check.py is the same in Python).
+// Whether an op takes these arguments. Where one does not, its Python overload is called, which says why by name
+// (fastlora/ops/check.py): what is refused here must be refused there.
 #pragma once
 #include "types.h"
 
-#define FASTLORA_VALUE(ok, name, got, ...) \
-  TORCH_CHECK_VALUE(ok, "fastlora: ", name, ": got ", got, ", expected ", __VA_ARGS__)
-#define FASTLORA_TYPE(ok, name, got, ...) \
-  TORCH_CHECK_TYPE(ok, "fastlora: ", name, ": got ", got, ", expected ", __VA_ARGS__)
-
 namespace fastlora::check {
 
-void linear(FASTLORA_LINEAR_ARGS);
-void shrink(FASTLORA_SHRINK_ARGS);
-void expand(FASTLORA_EXPAND_ARGS);
-void dropout(double p, const MaybeTensor& seed, const Tensor& x);
+bool linear(FASTLORA_LINEAR_ARGS);
+bool shrink(FASTLORA_SHRINK_ARGS);
+bool expand(FASTLORA_EXPAND_ARGS);
+bool dropout(double p, const MaybeTensor& seed, const Tensor& x);
 
 }  // namespace fastlora::check

@@ -104,21 +104,33 @@ INLINE void sums(const vf (&acc)[NR], float* out) {
   }
 }
 
-// Adapter rows of another type than x's, rounded to it.
-template <class T>
-const T* factor_rows(const Factor& f, int64_t columns, int64_t& ld, Scratch& s) {
-  if (sizeof(T) == 4 || f.type != kFloat) return ld = f.ld, (const T*)f.data;
-  ld = round_up(columns, 32);
-  T* rows = s.take<T>(f.rank * ld);
-  for (int64_t r = 0; r < f.rank; r++)
-    for (int64_t k = 0; k < columns; k += VL)
-      store(rows + r * ld + k, load_upto((const float*)f.data + r * f.ld + k, columns - k));
-  return rows;
-}
 template <class T>
 INLINE vf factor_part(const Factor& f, int64_t at, int64_t n) {
   if (sizeof(T) == 4 || f.type != kFloat) return load_upto((const T*)f.data + at, n);
   return round_to(load_upto((const float*)f.data + at, n), T());
+}
+// What f has at n .. n + count and the ranks from r, in T's precision, to out[rank * ld]; VL columns, zero beyond count.
+template <class T, class Out>
+INLINE void factor_vectors(const Factor& f, int64_t n, int64_t count, Out* out, int64_t ld) {
+  if (!f.along_rank) {
+    for (int64_t r = 0; r < f.rank; r++) store(out + r * ld, count > 0 ? factor_part<T>(f, r * f.ld + n, count) : vf{});
+    return;
+  }
+  for (int64_t r = 0; r < f.rank; r += VL) {
+    vf block[VL];
+    for (int j = 0; j < VL; j++) block[j] = j < count ? factor_part<T>(f, (n + j) * f.ld + r, f.rank - r) : vf{};
+    transpose(block);
+    for (int j = 0; j < min(VL, f.rank - r); j++) store(out + (r + j) * ld, block[j]);
+  }
+}
+// The adapter as rows of T: copied where it lies otherwise.
+template <class T>
+const T* factor_rows(const Factor& f, int64_t columns, int64_t& ld, Scratch& s) {
+  if (!f.along_rank && (sizeof(T) == 4 || f.type != kFloat)) return ld = f.ld, (const T*)f.data;
+  ld = round_up(columns, 32);
+  T* rows = s.take<T>(f.rank * ld);
+  for (int64_t k = 0; k < columns; k += VL) factor_vectors<T>(f, k, columns - k, rows + k, ld);
+  return rows;
 }
 
 struct StoreZ {

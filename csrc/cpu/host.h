@@ -2,17 +2,13 @@
 #pragma once
 #include <c10/util/SmallVector.h>
 
-#include "../gate.h"
-#include "../types.h"
+#include "../products.h"
 #include "choose.h"
 
 namespace fastlora::cpu {
 
-// Whether our kernels take x with these adapters (double goes to the composed form, and so does an empty product).
-bool takes(const Tensor& x, TensorList adapters);
 Type type_of(const Tensor& t);
 Tensor make(IntArrayRef sizes, const Tensor& like, at::ScalarType dtype);
-inline Tensor nothing(const Tensor& like) { return make({0}, like, like.scalar_type()); }
 
 // (..., n) seen as rows contiguous along n; `tensor` keeps what had to be copied.
 struct Rows {
@@ -25,6 +21,7 @@ struct Rows {
 // The adapters' matrices, each contiguous along its last dimension.
 struct Factors {
   Factors(TensorList adapters, bool last_is_rank);
+  int count() const { return static_cast<int>(list.size()); }
   c10::SmallVector<Tensor, 2> tensors;
   c10::SmallVector<Factor, 2> list;
 };
@@ -40,13 +37,7 @@ void run(Gemm p, const Tensor& x, const Tensor& w, Tensor out);
 void run_update(const Gemm& p);   // without a base: y = add + D((z g) f)
 void run(const Shrink& p);
 void run_dropout(const Rows& x, const Tensor& y, const Mask& mask);
-// Sets p.da and runs it: lora_A's gradients.
-Tensors run(Outer p, TensorList lora_A);
-// Sets p.t, p.db and p.dbias for what is wanted and runs it: t [M, R] and dbias [N] in fp32, lora_B's gradients.
-struct Reduced {
-  Tensor t, dbias;
-  Tensors db;
-};
-Reduced run(Reduce p, const Tensor& like, TensorList lora_B, bool want_dbias);
+// Sets p.da and runs it: the adapters' gradients, in their shapes and dtypes.
+Tensors run(Outer p, TensorList adapters);
 
 }  // namespace fastlora::cpu

@@ -75,15 +75,9 @@ void pack_group(const Gemm& p, int64_t n, int64_t columns, int64_t k, int64_t de
 
 template <class T, class S>
 void any_rows(const Gemm& p, const Tile<S, S>& t, int64_t padded) {
-  if constexpr (kWide) {
-    if (padded == 12) return run_tile<T, S, S, 12, 2>(p, t);
-    if (padded == 8) return run_tile<T, S, S, 8, 2>(p, t);
-    return run_tile<T, S, S, 4, 2>(p, t);
-  } else {
-    if (padded == 6) return run_tile<T, S, S, 6, 2>(p, t);
-    if (padded == 4) return run_tile<T, S, S, 4, 2>(p, t);
-    return run_tile<T, S, S, 2, 2>(p, t);
-  }
+  if (padded == kTall) return run_tile<T, S, S, kTall, 2>(p, t);
+  if (padded == kTall / 3 * 2) return run_tile<T, S, S, kTall / 3 * 2, 2>(p, t);
+  return run_tile<T, S, S, kTall / 3, 2>(p, t);
 }
 
 template <class T>

@@ -1,5 +1,5 @@
 // Philox 4x32-10, VL / 2 counters at a time: 32-bit words in the low halves of 64-bit lanes (what lies above is ignored).
-#ifndef NATIVE_MULTIPLY
+#ifndef multiply
 INLINE vq multiply(vq a, uint64_t b) { return (a & 0xffffffff) * b; }
 #endif
 

@@ -1,5 +1,5 @@
 // Vectors of VL floats in the compiler's vector extension, shared by all instruction sets. Each instruction-set file
-// defines VL, includes this inside its own unnamed namespace, and replaces the pieces that it has instructions for.
+// defines VL, and as macros the pieces that it has instructions for.
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
@@ -30,7 +30,7 @@ INLINE void put(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-#ifdef MASKED_PARTS
+#if VL == 16
 INLINE vf get_part(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 INLINE vh get_part(const uint16_t* p, int64_t n) {
   return (vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
@@ -60,7 +60,7 @@ INLINE void put_part(uint16_t* p, vh v, int64_t n) {
 }
 #endif
 
-#ifndef NATIVE_HALF
+#ifndef half_to_float
 // The exponent is moved by a multiplication, which also normalises subnormals; infinity and NaN keep all exponent bits.
 INLINE vf half_to_float(vh h) {
   vu w = __builtin_convertvector(h, vu), magnitude = (w & 0x7fff) << 13;
