@@ -1,6 +1,6 @@
-#include "check.h"
-
 #include <algorithm>
+
+#include "ops.h"
 
 namespace fastlora::check {
 namespace {

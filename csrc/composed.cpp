@@ -53,6 +53,11 @@ Tensor product(Product& p) {
   const auto dtype = p.like.scalar_type(), wide = accumulate_type(dtype);
   if (!p.z.z.defined()) p.z.z = project(p.x, p.a, false, {});
   const auto zg = p.z.in(dtype), f = joined(p.f, p.last_is_rank, p.N, zg);
+  if (p.start) {
+    auto out = at::empty(p.like.sizes(), p.like.options()).copy_(p.like);
+    flat(out).narrow(1, *p.start, p.N).addmm_(zg, f);
+    return out;
+  }
   auto y = dropped(p.bias && !p.column_scale ? at::addmm(*p.bias, zg, f) : at::mm(zg, f), p.dropout);
   if (p.x.defined()) y.addmm_(flat(p.x), p.w.t());
   if (p.column_scale) {
@@ -63,15 +68,8 @@ Tensor product(Product& p) {
   return y.reshape(with_last(p.like.sizes(), p.N));
 }
 
-Tensor expand(const Tensor& y, int64_t start, int64_t count, const Gated& z, TensorList lora_B) {
-  auto out = at::empty(y.sizes(), y.options()).copy_(y);
-  const auto zg = z.in(y.scalar_type());
-  flat(out).narrow(1, start, count).addmm_(zg, joined(lora_B, true, count, zg));
-  return out;
-}
-
 }  // namespace
 
-const Products products = {project, outer, product, expand};
+const Products products = {project, outer, product};
 
 }  // namespace fastlora::composed

@@ -26,16 +26,12 @@ struct Name {
   constexpr Name(const char (&literal)[n]) { std::copy_n(literal, n, text); }
 };
 
+// The overload "python" walks the back-ends written in Python.
 template <Name name, class Signature, Name overload = "", class... Args>
 auto call(Args&&... args) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.text, overload.text).template typed<Signature>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow(name.text, overload.text).template typed<Signature>();
   return op.call(std::forward<Args>(args)...);
-}
-
-// fastlora::<name>.python, which walks the back-ends written in Python.
-template <Name name, class Signature, class... Args>
-auto call_python(Args&&... args) {
-  return call<name, Signature, "python">(std::forward<Args>(args)...);
 }
 
 template <Name name, class Signature, class... Args>
@@ -91,12 +87,18 @@ variable_list flatten(const std::tuple<Grads...>& grads, const Needs& needs, siz
   return out;
 }
 
-// Under autocast float32 masters stay, which the kernels take; adapters in another half type follow the autocast dtype.
-inline Tensors autocast_adapters(TensorList adapters, at::ScalarType dtype, at::DeviceType device) {
-  Tensors cast;
-  for (const auto& t : adapters)
-    cast.push_back(t.scalar_type() == at::kFloat ? t : at::autocast::cached_cast(dtype, t, device));
-  return cast;
-}
+template <at::DeviceType device>
+struct Autocast {
+  c10::impl::ExcludeDispatchKeyGuard off{at::autocast::get_autocast_dispatch_key_from_device_type(device)};
+  at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+
+  Tensor operator()(const Tensor& t) const { return at::autocast::cached_cast(dtype, t, device); }
+  // float32 masters stay, which the kernels take; adapters in another half type follow the autocast dtype
+  Tensors operator()(TensorList adapters) const {
+    Tensors cast;
+    for (const auto& t : adapters) cast.push_back(t.scalar_type() == at::kFloat ? t : (*this)(t));
+    return cast;
+  }
+};
 
 }  // namespace fastlora

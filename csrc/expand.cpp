@@ -1,5 +1,4 @@
 // lora_expand: entry points and gradients.
-#include "check.h"
 #include "dispatch.h"
 #include "ops.h"
 #include "products.h"
@@ -10,17 +9,14 @@ namespace {
 using Op = Tensor(FASTLORA_EXPAND_ARGS);
 using BackwardOp = ExpandBackward(FASTLORA_EXPAND_BACKWARD_ARGS);
 
-struct Attributes {
-  std::vector<int64_t> ranks, columns;
-};
-
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* ctx, const Tensor& y, const Tensor& z, TensorList lora_B, const Tensor& scaling,
-                        const MaybeTensor& gates, const Attributes& at) {
+                        const MaybeTensor& gates, const std::vector<int64_t>& ranks,
+                        const std::vector<int64_t>& columns) {
     save(ctx, {z, scaling, gates.value_or(Tensor())}, {lora_B});
-    ctx->saved_data["ranks"] = at.ranks;
-    ctx->saved_data["columns"] = at.columns;
-    return call_below_autograd<"fastlora::lora_expand", Op>(y, z, lora_B, scaling, gates, at.ranks, at.columns);
+    ctx->saved_data["ranks"] = ranks;
+    ctx->saved_data["columns"] = columns;
+    return call_below_autograd<"fastlora::lora_expand", Op>(FASTLORA_EXPAND);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
@@ -31,7 +27,7 @@ struct Function : torch::autograd::Function<Function> {
     const auto grads = call<"fastlora::lora_expand_backward", BackwardOp>(
         dys[0], saved[0], TensorList(saved).slice(3, count), saved[1], maybe(saved[2]),
         ctx->saved_data["ranks"].toIntVector(), ctx->saved_data["columns"].toIntVector(), needs);
-    auto all = flatten(grads, needs, count, 1);
+    auto all = flatten(grads, needs, count, 2);
     all.insert(all.begin(), ctx->needs_input_grad(0) ? dys[0] : Tensor());
     return all;
   }
@@ -44,15 +40,19 @@ std::tuple<int64_t, int64_t> start_and_count(const Tensor& y, IntArrayRef column
 }  // namespace
 
 Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
-  if (pinned_elsewhere || !check::expand(FASTLORA_EXPAND)) return call_python<"fastlora::lora_expand", Op>(FASTLORA_EXPAND);
+  if (pinned_elsewhere || !check::expand(FASTLORA_EXPAND))
+    return call<"fastlora::lora_expand", Op, "python">(FASTLORA_EXPAND);
   const auto wide = accumulate_type(y.scalar_type());
   const auto [start, count] = start_and_count(y, columns);
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), y, wide);
-  return products(cpu::takes(y, lora_B)).expand(y, start, count, {z.to(wide).contiguous(), gate}, lora_B);
+  Gated given{z.to(wide).contiguous(), gate};
+  Product p{y, count, {}, {}, given, lora_B, true};
+  p.start = start;
+  return products(cpu::takes(y, lora_B)).product(p);
 }
 
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
-  if (pinned_elsewhere) return call_python<"fastlora::lora_expand_backward", BackwardOp>(FASTLORA_EXPAND_BACKWARD);
+  if (pinned_elsewhere) return call<"fastlora::lora_expand_backward", BackwardOp, "python">(FASTLORA_EXPAND_BACKWARD);
   const auto& use = products(cpu::takes(dy, lora_B));
   const auto [need_z, need_B, need_scaling, need_gates] = needs;
   const auto wide = accumulate_type(dy.scalar_type());
@@ -72,7 +72,7 @@ ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
 
 Tensor lora_expand_autograd(FASTLORA_EXPAND_ARGS) {
   if (!records(y, z, lora_B, scaling, gates)) return call_below_autograd<"fastlora::lora_expand", Op>(FASTLORA_EXPAND);
-  return Function::apply(y, z, lora_B, scaling, gates, Attributes{ranks.vec(), columns.vec()});
+  return Function::apply(y, z, lora_B, scaling, gates, ranks.vec(), columns.vec());
 }
 
 }  // namespace fastlora

@@ -1,4 +1,4 @@
-#include "gate.h"
+#include "products.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/cat.h>

@@ -2,7 +2,6 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
-#include "check.h"
 #include "dispatch.h"
 #include "ops.h"
 #include "products.h"
@@ -23,23 +22,18 @@ LinearForward run(FASTLORA_LINEAR_ARGS, bool want_z) {
   return {y, z.z.defined() ? z.z : nothing(x), p.u.defined() ? p.u : nothing(x)};
 }
 
-// What the formula keeps besides tensors; one argument of the Function, so one gradient slot.
-struct Attributes {
-  std::vector<int64_t> ranks;
-  double dropout_p;
-};
-
 struct Function : torch::autograd::Function<Function> {
   // Order of the tensor arguments, which is that of the gradients.
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, TensorList lora_A, TensorList lora_B,
                         const Tensor& scaling, const MaybeTensor& bias, const MaybeTensor& gates,
-                        const MaybeTensor& column_scale, const MaybeTensor& seed, const Attributes& at) {
+                        const MaybeTensor& column_scale, const MaybeTensor& seed, const std::vector<int64_t>& ranks,
+                        double dropout_p) {
     auto [y, z, u] = call_below_autograd<"fastlora::lora_linear_forward", ForwardOp>(
-        x, weight, lora_A, lora_B, scaling, bias, gates, at.ranks, column_scale, at.dropout_p, seed);
+        FASTLORA_LINEAR);
     save(ctx, {x, weight, scaling, gates.value_or(Tensor()), column_scale.value_or(Tensor()), seed.value_or(Tensor()), z, u},
          {lora_A, lora_B});
-    ctx->saved_data["ranks"] = at.ranks;
-    ctx->saved_data["dropout_p"] = at.dropout_p;
+    ctx->saved_data["ranks"] = ranks;
+    ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["has_bias"] = bias.has_value();
     return y;
   }
@@ -55,25 +49,26 @@ struct Function : torch::autograd::Function<Function> {
     const auto grads = call<"fastlora::lora_linear_backward", BackwardOp>(
         dys[0], saved[0], saved[1], A, B, saved[2], maybe(saved[3]), ctx->saved_data["ranks"].toIntVector(), maybe(saved[4]),
         ctx->saved_data["dropout_p"].toDouble(), maybe(saved[5]), saved[6], saved[7], needs);
-    return flatten(grads, needs, pairs, 2);
+    return flatten(grads, needs, pairs, 3);
   }
 };
 
 }  // namespace
 
 Tensor lora_linear(FASTLORA_LINEAR_ARGS) {
-  if (pinned_elsewhere || !check::linear(FASTLORA_LINEAR)) return call_python<"fastlora::lora_linear", Op>(FASTLORA_LINEAR);
+  if (pinned_elsewhere || !check::linear(FASTLORA_LINEAR))
+    return call<"fastlora::lora_linear", Op, "python">(FASTLORA_LINEAR);
   return std::get<0>(run(FASTLORA_LINEAR, false));
 }
 
 LinearForward lora_linear_forward(FASTLORA_LINEAR_ARGS) {
   if (pinned_elsewhere || !check::linear(FASTLORA_LINEAR))
-    return call_python<"fastlora::lora_linear_forward", ForwardOp>(FASTLORA_LINEAR);
+    return call<"fastlora::lora_linear_forward", ForwardOp, "python">(FASTLORA_LINEAR);
   return run(FASTLORA_LINEAR, true);
 }
 
 LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
-  if (pinned_elsewhere) return call_python<"fastlora::lora_linear_backward", BackwardOp>(FASTLORA_LINEAR_BACKWARD);
+  if (pinned_elsewhere) return call<"fastlora::lora_linear_backward", BackwardOp, "python">(FASTLORA_LINEAR_BACKWARD);
   const auto& use = products(cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, need_column] = needs;
   const auto wide = accumulate_type(x.scalar_type());
@@ -104,18 +99,15 @@ LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
 Tensor lora_linear_autograd(FASTLORA_LINEAR_ARGS) {
   if (!records(x, weight, lora_A, lora_B, scaling, bias, gates, column_scale))
     return call_below_autograd<"fastlora::lora_linear", Op>(FASTLORA_LINEAR);
-  return Function::apply(x, weight, lora_A, lora_B, scaling, bias, gates, column_scale, seed,
-                         Attributes{ranks.vec(), dropout_p});
+  return Function::apply(x, weight, lora_A, lora_B, scaling, bias, gates, column_scale, seed, ranks.vec(), dropout_p);
 }
 
 template <at::DeviceType device>
 Tensor lora_linear_autocast(FASTLORA_LINEAR_ARGS) {
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
-  return call<"fastlora::lora_linear", Op>(
-      cast(x), cast(weight), autocast_adapters(lora_A, dtype, device), autocast_adapters(lora_B, dtype, device), scaling,
-      bias ? MaybeTensor(cast(*bias)) : bias, gates, ranks, column_scale, dropout_p, seed);
+  const Autocast<device> cast;
+  const auto cast_bias = bias ? MaybeTensor(cast(*bias)) : bias;
+  return call<"fastlora::lora_linear", Op>(cast(x), cast(weight), cast(lora_A), cast(lora_B), scaling, cast_bias, gates,
+                                           ranks, column_scale, dropout_p, seed);
 }
 
 template Tensor lora_linear_autocast<at::kCPU>(FASTLORA_LINEAR_ARGS);

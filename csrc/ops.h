@@ -1,4 +1,4 @@
-// The kernels that binding.cpp registers, one per op and dispatch key.
+// The kernels that binding.cpp registers, one per op and dispatch key, and the checks of their arguments.
 #pragma once
 #include "types.h"
 
@@ -23,5 +23,16 @@ Tensor lora_expand_autograd(FASTLORA_EXPAND_ARGS);
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed);
 Tensor draw_seed(const Tensor& x);
+
+namespace check {
+
+// Whether an op takes these arguments. Where one does not, its Python overload is called, which says why by name
+// (fastlora/ops/check.py): what is refused here must be refused there.
+bool linear(FASTLORA_LINEAR_ARGS);
+bool shrink(FASTLORA_SHRINK_ARGS);
+bool expand(FASTLORA_EXPAND_ARGS);
+bool dropout(double p, const MaybeTensor& seed, const Tensor& x);
+
+}  // namespace check
 
 }  // namespace fastlora

@@ -2,11 +2,28 @@
 // (composed.cpp). Arguments are checked already. Factors are lora_A, or lora_B where the last dimension is the rank.
 #pragma once
 #include <ATen/EmptyTensor.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 
-#include "gate.h"
+#include "types.h"
 
 namespace fastlora {
+
+// g[..., row] = scaling_e * gates[..., e] for the rank rows of adapter e.
+struct Gate {
+  double scalar = 1;  // the gate of every row, where `rows` is undefined
+  Tensor rows;        // (R) or (M, R), contiguous, in the accumulation dtype
+
+  Tensor times(const Tensor& z) const { return rows.defined() ? z * rows : scalar == 1 ? z : z * scalar; }
+};
+
+// `like` gives the device and the leading sizes (its last dimension is ignored), `dtype` the accumulation dtype.
+Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, int64_t R, const Tensor& like,
+               at::ScalarType dtype);
+
+// dg (M, R) -> (dscaling, dgates) in the shapes and dtypes of their tensors; `like` as above. Not needed: empty.
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& dg, const Tensor& scaling, const MaybeTensor& gates,
+                                         IntArrayRef ranks, const Tensor& like, bool need_scaling, bool need_gates);
 
 struct Dropout {
   double p = 0;
@@ -38,6 +55,7 @@ struct Product {
   bool want_z = false;
   MaybeTensor column_scale = {}, bias = {};
   Tensor u = {};
+  std::optional<int64_t> start = {};   // y is `like` with the update added to its columns from here on
 };
 
 struct Products {
@@ -46,8 +64,6 @@ struct Products {
   // (t g)T D(x) of each factor, in its shape and dtype
   Tensors (*outer)(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, const Dropout&);
   Tensor (*product)(Product&);
-  // y with (z g) b added to `count` columns
-  Tensor (*expand)(const Tensor& y, int64_t start, int64_t count, const Gated& z, TensorList lora_B);
 };
 
 namespace composed {

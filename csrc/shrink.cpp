@@ -3,7 +3,6 @@
 
 #include <limits>
 
-#include "check.h"
 #include "dispatch.h"
 #include "ops.h"
 #include "products.h"
@@ -16,7 +15,7 @@ using BackwardOp = ShrinkBackward(FASTLORA_SHRINK_BACKWARD_ARGS);
 using DropoutOp = Tensor(const Tensor&, double, const Tensor&);
 
 struct Function : torch::autograd::Function<Function> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, TensorList lora_A, double dropout_p, const MaybeTensor& seed) {
+  static Tensor forward(AutogradContext* ctx, FASTLORA_SHRINK_ARGS) {
     save(ctx, {x, seed.value_or(Tensor())}, {lora_A});
     ctx->saved_data["dropout_p"] = dropout_p;
     return call_below_autograd<"fastlora::lora_shrink", Op>(FASTLORA_SHRINK);
@@ -28,7 +27,8 @@ struct Function : torch::autograd::Function<Function> {
     Edges edges{ctx};
     const std::array<bool, 2> needs{edges.need(), edges.need(count)};
     const auto grads = call<"fastlora::lora_shrink_backward", BackwardOp>(
-        dzs[0], saved[0], TensorList(saved).slice(2, count), ctx->saved_data["dropout_p"].toDouble(), maybe(saved[1]), needs);
+        dzs[0], saved[0], TensorList(saved).slice(2, count), ctx->saved_data["dropout_p"].toDouble(), maybe(saved[1]),
+        needs);
     return flatten(grads, needs, count, 2);
   }
 };
@@ -36,12 +36,13 @@ struct Function : torch::autograd::Function<Function> {
 }  // namespace
 
 Tensor lora_shrink(FASTLORA_SHRINK_ARGS) {
-  if (pinned_elsewhere || !check::shrink(FASTLORA_SHRINK)) return call_python<"fastlora::lora_shrink", Op>(FASTLORA_SHRINK);
+  if (pinned_elsewhere || !check::shrink(FASTLORA_SHRINK))
+    return call<"fastlora::lora_shrink", Op, "python">(FASTLORA_SHRINK);
   return products(cpu::takes(x, lora_A)).project(x, lora_A, false, {dropout_p, seed});
 }
 
 ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS) {
-  if (pinned_elsewhere) return call_python<"fastlora::lora_shrink_backward", BackwardOp>(FASTLORA_SHRINK_BACKWARD);
+  if (pinned_elsewhere) return call<"fastlora::lora_shrink_backward", BackwardOp, "python">(FASTLORA_SHRINK_BACKWARD);
   const auto& use = products(cpu::takes(x, lora_A));
   const Gate one;
   Gated t{dz.to(accumulate_type(x.scalar_type())).contiguous(), one};
@@ -56,17 +57,15 @@ Tensor lora_shrink_autograd(FASTLORA_SHRINK_ARGS) {
 
 template <at::DeviceType device>
 Tensor lora_shrink_autocast(FASTLORA_SHRINK_ARGS) {
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  return call<"fastlora::lora_shrink", Op>(at::autocast::cached_cast(dtype, x, device),
-                                           autocast_adapters(lora_A, dtype, device), dropout_p, seed);
+  const Autocast<device> cast;
+  return call<"fastlora::lora_shrink", Op>(cast(x), cast(lora_A), dropout_p, seed);
 }
 
 template Tensor lora_shrink_autocast<at::kCPU>(FASTLORA_SHRINK_ARGS);
 template Tensor lora_shrink_autocast<at::kCUDA>(FASTLORA_SHRINK_ARGS);
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed) {
-  if (pinned_elsewhere) return call_python<"fastlora::lora_dropout", DropoutOp>(x, dropout_p, seed);
+  if (pinned_elsewhere) return call<"fastlora::lora_dropout", DropoutOp, "python">(x, dropout_p, seed);
   TORCH_CHECK_VALUE(check::dropout(dropout_p, seed, x), "fastlora: dropout_p, seed: got ", dropout_p, " and a ", seed.dim(),
                     "-d tensor of type ", seed.scalar_type(), " on ", seed.device(),
                     ", expected a number from 0 to 1 and a 0-d int64 tensor on ", x.device(), ", as x");

@@ -5,7 +5,7 @@ struct Dot {   // float, and half through float
   typedef vf Reg;
   static constexpr int step = VL;
   static INLINE Reg whole(const T* p) { return load(p); }
-  static INLINE Reg part(const T* p, int64_t n) { return load_part(p, n); }
+  static INLINE Reg part(const T* p, int64_t n) { return load_upto(p, n); }
   static INLINE vf fma(Reg x, Reg w, vf acc) { return x * w + acc; }
 };
 template <>
@@ -32,32 +32,24 @@ INLINE void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t K
   typedef Dot<T> D;
   typename D::Reg xs[MR];
   int64_t k = 0;
-  for (; k + D::step <= K; k += D::step) {
+  const auto step = [&](const auto& get) __attribute__((always_inline)) {
     UNROLL
-    for (int i = 0; i < MR; i++) xs[i] = D::whole(x + i * ldx + k);
+    for (int i = 0; i < MR; i++) xs[i] = get(x + i * ldx + k);
     UNROLL
     for (int j = 0; j < NR; j++) {
-      typename D::Reg ws = D::whole(w + j * ldw + k);
+      typename D::Reg ws = get(w + j * ldw + k);
       UNROLL
       for (int i = 0; i < MR; i++) acc[i][j] = D::fma(xs[i], ws, acc[i][j]);
     }
-  }
-  if (k == K) return;
-  UNROLL
-  for (int i = 0; i < MR; i++) xs[i] = D::part(x + i * ldx + k, K - k);
-  UNROLL
-  for (int j = 0; j < NR; j++) {
-    typename D::Reg ws = D::part(w + j * ldw + k, K - k);
-    UNROLL
-    for (int i = 0; i < MR; i++) acc[i][j] = D::fma(xs[i], ws, acc[i][j]);
-  }
+  };
+  for (; k + D::step <= K; k += D::step) step([](const T* p) __attribute__((always_inline)) { return D::whole(p); });
+  if (k < K) step([&](const T* p) __attribute__((always_inline)) { return D::part(p, K - k); });
 }
 
 constexpr int kDotTile = VL == 16 ? 4 : 2;     // rows of x and columns of a tile that the registers hold
-constexpr int kDotBlock = 4096 / sizeof(float);
 
-// One panel of NR rows of w against up to kDotRows rows of x; `done` is told of the panel and gets each finished tile. Blocks of K keep
-// the panel in the first-level cache while the rows of x pass; `part` holds the unfinished sums.
+// One panel of NR rows of w against up to kDotRows rows of x; `done` is told of the panel and gets each finished tile.
+// Blocks of K keep the panel in the first-level cache while the rows of x pass; `part` holds the unfinished sums.
 template <class T, int MR, int NR, class Done>
 INLINE void dot_rows(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t n, int64_t m, int64_t k0, int64_t k1,
                      bool last, vf* part, const Done& done) {
@@ -72,7 +64,7 @@ INLINE void dot_rows(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t n
 template <class T, int NR, class Done>
 INLINE void dot_panel(const T* x, int64_t ldx, int64_t M, const T* w, int64_t ldw, int64_t n, int64_t K, vf* part,
                       const Done& done) {
-  constexpr int64_t block = kDotBlock * sizeof(float) / sizeof(T);
+  constexpr int64_t block = 4096 / sizeof(T);
   int64_t k0 = 0;
   done.template start<NR>(n);
   do {

@@ -15,7 +15,8 @@ void outer_columns(const Outer& p, int64_t k0, int64_t k1, Scratch s) {
   constexpr int64_t depth = 8192 / kGroup;
   constexpr int MR = kTall / 3 * 2;
   int64_t padded = round_up(p.R, MR);
-  float *block = s.take<float>(depth * kGroup), *sums = s.take<float>((padded + VL) * kGroup), *dz = s.take<float>(padded * depth);
+  float *block = s.take<float>(depth * kGroup), *dz = s.take<float>(padded * depth);
+  float* sums = s.take<float>((padded + VL) * kGroup);
   for (int64_t k = k0; k < k1; k += kGroup) {
     int64_t columns = min(kGroup, k1 - k);
     for (int64_t i = 0; i < padded * kGroup; i += VL) store(sums + i, vf{});

@@ -117,10 +117,11 @@ struct Packed {
       if (masked) mask_rows(p, m, rows, n, columns, lane);
       for (int64_t c = 0; c < columns; c += kPanel) {
         float* sums = part + (m - m0) * kGroup + c;
-        Tile<S, S> t = {(const typename S::X*)x, kStride, (const typename S::W*)(w + c / kPanel * kPanelStride), kPanel, (depth + P::per_step - 1) / P::per_step,
-                        first ? (const typename S::X*)(zg + (m - m0) * p.R) : nullptr,
-                        (const typename S::W*)(f + c * p.R), p.R, kPanel, (p.R + P::per_step - 1) / P::per_step, masked ? lane + c : nullptr, first ? nullptr : sums,
-                     last ? nullptr : sums, kGroup, m, rows, n + c, columns - c};
+        const auto* panel = (const typename S::W*)(w + c / kPanel * kPanelStride);
+        Tile<S, S> t = {x, kStride, panel, kPanel, (depth + P::per_step - 1) / P::per_step,
+                        first ? (const typename S::X*)(zg + (m - m0) * p.R) : nullptr, (const typename S::W*)(f + c * p.R),
+                        p.R, kPanel, (p.R + P::per_step - 1) / P::per_step, masked ? lane + c : nullptr,
+                        first ? nullptr : sums, last ? nullptr : sums, kGroup, m, rows, n + c, columns - c};
         any_rows<T>(p, t, padded);
       }
       m += rows;

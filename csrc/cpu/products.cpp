@@ -27,8 +27,9 @@ Tensors outer(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, 
 Tensor product(Product& q) {
   const Factors a(q.a, false), f(q.f, q.last_is_rank);
   const auto R = total_rank(q.f, q.last_is_rank);
-  auto y = make(with_last(q.like.sizes(), q.N), q.like, q.like.scalar_type());
-  const Rows rows(q.x.defined() ? q.x : y);
+  const auto width = q.start ? q.like.size(-1) : q.N;
+  auto y = make(with_last(q.like.sizes(), width), q.like, q.like.scalar_type());
+  const Rows rows(q.x.defined() ? q.x : q.start ? q.like : y);
   Tensor keep, c, bias;
   Gemm p{};
   p.type = type_of(y);
@@ -36,7 +37,7 @@ Tensor product(Product& q) {
   set_factors(p, f);
   p.g = gates_of(q.z.gate);
   p.mask = mask_of(q.dropout.p, q.dropout.seed, p.N);
-  p.y = y.mutable_data_ptr(), p.ldy = p.N;
+  p.y = y.mutable_data_ptr(), p.ldy = width;
   if (q.z.z.defined()) {
     p.z = q.z.z.const_data_ptr<float>();
   } else {
@@ -44,8 +45,14 @@ Tensor product(Product& q) {
     p.z_out = q.want_z ? q.z.z.data_ptr<float>() : nullptr;
     p.a = R ? a.list.data() : nullptr;
   }
+  if (q.start) {
+    const int64_t bytes = *q.start * y.element_size();
+    p.add = static_cast<const char*>(rows.data) + bytes, p.ldadd = rows.ld;
+    p.y = static_cast<char*>(p.y) + bytes;
+    if (p.N < width) y.copy_(q.like);
+  }
   if (!q.x.defined()) {
-    run_update(p);
+    if (p.N) run_update(p);
     return y;
   }
   p.K = rows.n, p.x = rows.data, p.ldx = rows.ld;
@@ -60,28 +67,9 @@ Tensor product(Product& q) {
   return y;
 }
 
-Tensor expand(const Tensor& y, int64_t start, int64_t count, const Gated& z, TensorList lora_B) {
-  const Rows rows(y);
-  const Factors b(lora_B, true);
-  const int64_t bytes = start * y.element_size();
-  auto out = make(y.sizes(), y, y.scalar_type());
-  if (count < rows.n) out.copy_(y);
-  if (!count) return out;
-  Gemm p{};
-  p.type = type_of(y);
-  p.M = rows.M, p.N = count, p.R = z.z.size(-1);
-  set_factors(p, b);
-  p.z = z.z.const_data_ptr<float>();
-  p.g = gates_of(z.gate);
-  p.add = static_cast<const char*>(rows.data) + bytes, p.ldadd = rows.ld;
-  p.y = static_cast<char*>(out.mutable_data_ptr()) + bytes, p.ldy = rows.n;
-  run_update(p);
-  return out;
-}
-
 }  // namespace
 
-const Products products = {project, outer, product, expand};
+const Products products = {project, outer, product};
 
 Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
   const auto mask = mask_of(p, seed, x.size(-1));
