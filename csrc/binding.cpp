@@ -8,7 +8,6 @@
 #include "cpu/choose.h"
 #include "dispatch.h"
 #include "ops.h"
-#include "routed.h"
 
 namespace fastlora {
 namespace {
@@ -21,9 +20,6 @@ void compute(torch::Library& m) {
   m.impl("lora_shrink_backward", lora_shrink_backward);
   m.impl("lora_expand", lora_expand);
   m.impl("lora_expand_backward", lora_expand_backward);
-  m.impl("lora_routed", lora_routed);
-  m.impl("lora_routed_forward", lora_routed_forward);
-  m.impl("lora_routed_backward", lora_routed_backward);
   m.impl("draw_seed", draw_seed);
 }
 
@@ -57,6 +53,9 @@ void register_ops() {
   auto& on_cpu = library(DispatchKey::CPU);
   compute(on_cpu);
   on_cpu.impl("lora_dropout", lora_dropout);
+  on_cpu.impl("lora_routed", lora_routed);
+  on_cpu.impl("lora_routed_forward", lora_routed_forward);
+  on_cpu.impl("lora_routed_backward", lora_routed_backward);
   compute(library(DispatchKey::CUDA));
   autograd(library(DispatchKey::Autograd));
   autocast<at::kCPU>(library(DispatchKey::AutocastCPU));

@@ -1,4 +1,4 @@
-// lora_routed's arguments, and its forms. Tokens that use the same slots make a segment; routes are made by ops/route.py.
+// lora_routed's arguments. Tokens that use the same slots make a segment; routes are made by ops/route.py.
 #pragma once
 #include "types.h"
 
@@ -36,21 +36,12 @@ inline int64_t most_ranks(TensorList lora_B, TensorList pages) {
   return r;
 }
 
-namespace composed {
-RoutedForward routed_forward(FASTLORA_ROUTED_ARGS);
-RoutedBackward routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS);
-}  // namespace composed
-
 namespace cpu {
+// Whether our kernels take the call: of one of their types, pages included.
+bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorList pages);
 RoutedForward routed_forward(FASTLORA_ROUTED_ARGS, bool want_z);
-RoutedBackward routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS);
+// Without slices; nothing where an adapter is DoRA's.
+std::optional<RoutedBackward> routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS);
 }  // namespace cpu
-
-Tensor lora_routed(FASTLORA_ROUTED_ARGS);
-RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS);
-RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS);
-Tensor lora_routed_autograd(FASTLORA_ROUTED_ARGS);
-template <at::DeviceType device>
-Tensor lora_routed_autocast(FASTLORA_ROUTED_ARGS);
 
 }  // namespace fastlora

@@ -100,21 +100,11 @@ void for_parts(const Adapters& c, int64_t columns, F&& f) {
   });
 }
 
-void base(const Rows& x, const Tensor& weight, const Tensor& bias, const Tensor& y) {
-  Tensor keep;
-  Gemm p{};
-  p.type = type_of(y);
-  p.M = x.M, p.N = y.size(-1), p.K = x.n;
-  p.x = x.data, p.ldx = x.ld;
-  set_weight(p, weight, keep);
-  p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr(), p.ldy = p.N;
-  run(p, x.tensor, weight, y);
-}
-
-bool ours(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorList pages) {
-  const auto plain = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type() && t.is_contiguous(); };
-  return takes(x, lora_A) && takes(x, lora_B) && (pages.empty() || (plain(pages[0]) && plain(pages[1])));
+Tensor base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  const Gate one;
+  Gated none{at::empty({x.numel() / x.size(-1), 0}, x.options().dtype(at::kFloat)), one};
+  Product p{x, weight.size(0), x, weight, none, {}, true, {}, {}, false, {}, bias};
+  return products.product(p);
 }
 
 // The rows that a pair's tokens have, a view where they lie together.
@@ -125,18 +115,14 @@ Tensor rows_of(const Tensor& t, const std::vector<int64_t>& tokens) {
   return t.index_select(0, at::tensor(tokens));
 }
 
-// (rank, columns): tT x over a pair's tokens
-Tensor outer(const Tensor& t, const Tensor& x, const Tensor& like) {
-  const Rows rows(x);
-  const Factor f{nullptr, type_of(x), t.size(1), rows.n, false};
-  return run(Outer{type_of(x), rows.M, rows.n, t.size(1), t.const_data_ptr<float>(), {1, nullptr, 0}, rows.data, rows.ld, {},
-                   1, &f}, like)[0];
-}
-
 }  // namespace
 
+bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorList pages) {
+  const auto plain = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type() && t.is_contiguous(); };
+  return x.is_cpu() && takes(x, lora_A) && takes(x, lora_B) && (pages.empty() || (plain(pages[0]) && plain(pages[1])));
+}
+
 RoutedForward routed_forward(FASTLORA_ROUTED_ARGS, bool want_z) {
-  if (!ours(x, lora_A, lora_B, pages)) return composed::routed_forward(FASTLORA_ROUTED);
   const Rows rows(x);
   const auto N = weight.size(0);
   const Plan plan(route);
@@ -144,9 +130,8 @@ RoutedForward routed_forward(FASTLORA_ROUTED_ARGS, bool want_z) {
   if (plan.bounds[plan.G] == 0 && !want_z && vendor) return {at::linear(x, weight, bias), nothing(x)};
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   const auto row = bias ? bias->contiguous() : Tensor();
-  auto y = make(with_last(x.sizes(), N), x, x.scalar_type());
+  auto y = base(x, weight, bias);
   auto out = want_z ? at::zeros({gates.size(0), c.k * most_ranks(lora_B, pages)}, x.options().dtype(at::kFloat)) : nothing(x);
-  base(rows, weight, row, y);
   const auto buffer = make({c.total}, x, at::kFloat);
   auto *z = buffer.data_ptr<float>(), *kept = want_z ? out.data_ptr<float>() : nullptr;
   const auto width = want_z ? out.size(1) : 0;
@@ -161,10 +146,9 @@ RoutedForward routed_forward(FASTLORA_ROUTED_ARGS, bool want_z) {
   return {y, out};
 }
 
-RoutedBackward routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
-  if (!ours(x, lora_A, lora_B, pages) || !slices.empty()) return composed::routed_backward(FASTLORA_ROUTED_BACKWARD);
+std::optional<RoutedBackward> routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
-  if (c.dora) return composed::routed_backward(FASTLORA_ROUTED_BACKWARD);
+  if (c.dora) return {};
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates] = needs;
   const Rows rows(dy);
   const auto dy2 = flat(dy), x2 = flat(x), buffer = make({2, c.total}, x, at::kFloat), saved = z.contiguous();
@@ -172,8 +156,7 @@ RoutedBackward routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
   const auto S = paged(pages), E = static_cast<int64_t>(lora_A.size()), width = z.size(1);
   auto dg = at::zeros({gates.size(0)}, z.options()), ds = at::zeros({E}, z.options());
   auto* sums = dg.data_ptr<float>();
-  auto dx = nothing(x);
-  if (need_x) base(rows, weight.t(), {}, dx = make(x.sizes(), x, x.scalar_type()));
+  const auto dx = need_x ? base(dy, weight.t(), {}) : nothing(x);
   for_parts(c, rows.n + x.size(-1), [&](const Part& p) {
     project(c, p, rows, true, t + p.z(c));
     walk(c, p, [&](int64_t entry, int64_t, int64_t, float g, int64_t at, int64_t rank) {
@@ -198,6 +181,7 @@ RoutedBackward routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
       sums[entry] *= c.of(slot).scale;
     });
   }
+  const Gate one;
   Tensors dA, dB;
   for (int64_t e = 0; e < E && (need_A || need_B); e++) {
     const auto m = static_cast<int64_t>(tokens[e].size()), r = lora_B[e].size(1);
@@ -206,12 +190,14 @@ RoutedBackward routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
       for (int64_t i = 0; i < m; i++) std::memcpy(part.data_ptr<float>() + i * r, from + places[e][i], r * sizeof(float));
       return part;
     };
-    const bool none = m == 0 || r == 0;
-    if (need_A) dA.push_back(none ? at::zeros_like(lora_A[e]) : outer(of(t), rows_of(x2, tokens[e]), lora_A[e]));
-    if (need_B)
-      dB.push_back(none ? at::zeros_like(lora_B[e]) : outer(of(zg), rows_of(dy2, tokens[e]), lora_B[e].t()).t().contiguous());
+    const auto grad = [&](const float* from, const Tensor& rows, const Tensor& adapter, bool last_is_rank) {
+      if (m == 0 || r == 0) return at::zeros_like(adapter);
+      return products.outer({of(from), one}, rows_of(rows, tokens[e]), adapter, last_is_rank, {})[0];
+    };
+    if (need_A) dA.push_back(grad(t, x2, lora_A[e], false));
+    if (need_B) dB.push_back(grad(zg, dy2, lora_B[e], true));
   }
-  return {dx, need_weight ? at::mm(dy2.t(), x2) : nothing(x), dA, dB,
+  return RoutedBackward{dx, need_weight ? at::mm(dy2.t(), x2) : nothing(x), dA, dB,
           need_scaling ? ds.sum_to_size(scaling.sizes()).to(scaling.scalar_type()) : nothing(x),
           need_bias ? dy2.sum(0) : nothing(x), need_gates ? dg.to(gates.scalar_type()) : nothing(x)};
 }
