@@ -87,7 +87,6 @@ class LoRALayer(Adapter):
     _ran = frozenset()
 
     def attach(self, r, lora_alpha, lora_dropout, dtype, device):
-        """Give this module an adapter, not yet initialised; none at r = 0."""
         if r:
             self.check_base(r)
         self.lora_dropout = nn.Dropout(lora_dropout).train(self.training) if lora_dropout > 0 else identity
@@ -123,15 +122,12 @@ class LoRALayer(Adapter):
         nn.init.zeros_(lora_B)
 
     def reset_lora_parameters(self):
-        """Initialise lora_A and lora_B again, and the scale to lora_alpha / r."""
         self.init_adapter(self.lora_A, self.lora_B)
         self.set_scale(1.0)
 
     def reset_parameters(self):
         """Initialise everything again, as after `to_empty`."""
-        base = getattr(super(), "reset_parameters", None)
-        if base:
-            base()
+        getattr(super(), "reset_parameters", lambda: None)()
         if "lora_A" in self._parameters:
             self.reset_lora_parameters()
         self.refresh()
@@ -174,7 +170,8 @@ class LoRALayer(Adapter):
         self.refresh()
 
     def __getstate__(self):
-        return {**self.__dict__, "_merged_copy": None}
+        # without what is made anew, and what a bank notes for its own recompute
+        return {key: value for key, value in vars(self).items() if key not in ("_merged_copy", "_chose", "_stack")}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -182,11 +179,11 @@ class LoRALayer(Adapter):
             ranked_layers.add(self)
 
     def extra_repr(self):
-        own = [f"r={self.r}", *([f"lora_alpha={self.lora_alpha}"] if self.r else [])]
-        return ", ".join(filter(None, [super().extra_repr(), *own]))
+        own = f"r={self.r}, lora_alpha={self.lora_alpha}" if self.r else "r=0"
+        return ", ".join(filter(None, [super().extra_repr(), own]))
 
     def dropout_p(self):
-        """The probability in force, from the nn.Dropout that programs may change."""
+        # from the nn.Dropout that programs may change
         dropout = self.lora_dropout
         return dropout.p if dropout is not identity and dropout.training else 0.0
 
@@ -219,11 +216,9 @@ class LoRALayer(Adapter):
         return self.adapted(x, *self.adapters())
 
     def is_off(self):
-        """Whether this thread runs the layer without its adapter."""
         return bool(switch.apart or self._ran or self.rank) and is_off(self)
 
     def run(self, adapters, x):
-        """The forward with these adapters, or with none."""
         return self.plain(x, self.base_weight()) if adapters is None else self.adapted(x, *adapters)
 
     def base_weight(self):
@@ -233,8 +228,6 @@ class LoRALayer(Adapter):
     @torch.no_grad()
     def merged_weight(self):
         """W + Σ gate · scale · ΔW, a new tensor in W's dtype, rounded once."""
-        if not self.r:
-            return self.base_weight().detach().clone()
         return (self.base_weight() + self.update(*self.adapters())).to(self.base_weight().dtype)
 
     def update(self, A, B, scaling, gates):
