@@ -158,16 +158,14 @@ class AttentionLoRA:
 
     def _extend(self, k, v, mask):
         """With add_bias_kv and add_zero_attn: one more key and value each, that no mask hides."""
-        n, heads, _, size = k.shape
-        extra = []
+        n, heads, length, size = k.shape
         if self.bias_k is not None:
-            extra.append([t.view(1, heads, 1, size).expand(n, -1, -1, -1) for t in (self.bias_k, self.bias_v)])
+            bias_k, bias_v = (t.view(1, heads, 1, size).expand(n, -1, -1, -1) for t in (self.bias_k, self.bias_v))
+            k, v = torch.cat((k, bias_k), 2), torch.cat((v, bias_v), 2)
         if self.add_zero_attn:
-            extra.append([k.new_zeros(n, heads, 1, size)] * 2)
-        for more_k, more_v in extra:
-            k, v = torch.cat((k, more_k), 2), torch.cat((v, more_v), 2)
-            mask = None if mask is None else F.pad(mask, (0, 1))
-        return k, v, mask
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        more = k.shape[2] - length
+        return k, v, F.pad(mask, (0, more)) if more and mask is not None else mask
 
     def _attend(self, q, k, v, mask, need_weights):
         p = self.dropout if self.training else 0.0

@@ -63,7 +63,7 @@ class Chooser:
             self._chose = (keys, gates) if ran is None else False
 
     def train(self, mode=True):
-        self._chose = None
+        self._chose, self._ran = None, frozenset()
         return super().train(mode)
 
     __getstate__ = LoRALayer.__getstate__
@@ -233,7 +233,3 @@ class Wrapped(Chooser, nn.Module):
                 gate = gate.view(-1, *(1 for _ in base.shape[1:]))
             y = y + gate * (task(*args, **kwargs) - base)
         return y
-
-    def train(self, mode=True):
-        self._ran = frozenset()
-        return super().train(mode)

@@ -95,14 +95,12 @@ class ConvLoRA(LoRALayer):
         channels = -1 - len(self.kernel_size)
         down = A[0] if len(A) == 1 else torch.cat(A)
         z = self._convolve(self.lora_dropout(x), down.to(x.dtype), 1).movedim(channels, -1)
-        up = self.up(B)
         if gates is not None and gates.dim() > 1:
             gates = gates.view(gates.shape[0], *(1 for _ in self.kernel_size), -1)
         base = self.plain(x, self.weight)
-        ranks = rank_list(A, gates)
         # the kernels copy strided tensors anyway, and Inductor fails on those with symbolic sizes
         y, z = base.movedim(channels, -1).contiguous(), z.contiguous()
-        y = lora_expand_op(y, z, up, scaling, gates, ranks, ()).movedim(-1, channels)
+        y = lora_expand_op(y, z, self.up(B), scaling, gates, rank_list(A, gates), ()).movedim(-1, channels)
         # a view with channels last would break a program's y.view(len(y), -1)
         return y.contiguous() if base.is_contiguous() else y
 

@@ -18,8 +18,6 @@ def identity(x):
 
 
 def check_adapter(r, lora_alpha, lora_dropout, least=0):
-    """Raise ValueError for an adapter that cannot be built."""
-
     def finite(number):
         return isinstance(number, (int, float)) and math.isfinite(number)
 
@@ -122,6 +120,7 @@ class LoRALayer(Adapter):
         nn.init.zeros_(lora_B)
 
     def reset_lora_parameters(self):
+        """Initialise lora_A and lora_B again, and the scale to lora_alpha / r."""
         self.init_adapter(self.lora_A, self.lora_B)
         self.set_scale(1.0)
 
@@ -194,19 +193,16 @@ class LoRALayer(Adapter):
         """
         A, B, k = self.lora_A, self.lora_B, self.rank
         if id(self) in switch.row_ranks:
-            return (A,), (B,), self.scaling, self._rank_gates(switch.row_ranks[id(self)].to(A.device))
+            # 1 for the components that a row uses, times what makes lora_alpha / r its lora_alpha / rank
+            ranks = switch.row_ranks[id(self)].to(A.device).clamp(max=self.r)[:, None]
+            gates = (torch.arange(self.r, device=A.device) < ranks) * ((k or self.r) / ranks)
+            return (A,), (B,), self.scaling, gates
         if k is not None and self.frozen and self.training and k > 1:
             low, live = self.narrow(A.detach(), B.detach(), 0, k - 1), self.narrow(A, B, k - 1, k)
             return (low[0], live[0]), (low[1], live[1]), self.scaling, None
         if k is not None:
             A, B = self.narrow(A, B, 0, k)
         return (A,), (B,), self.scaling, None
-
-    def _rank_gates(self, ranks):
-        """1 for the components that a batch row uses, times what makes lora_alpha / r its lora_alpha / rank."""
-        ranks = ranks.clamp(max=self.r)
-        rows = torch.arange(self.r, device=ranks.device) < ranks[:, None]
-        return rows * ((self.rank or self.r) / ranks[:, None])
 
     def forward(self, x):
         if self.merged or switch.apart or self._ran or self.rank or not self.r:

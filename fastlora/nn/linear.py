@@ -83,8 +83,7 @@ class OpaqueLoRA(LinearLoRA):
         A, B, scaling, gates = adapters
         x, gates = match_rows(x, x.shape[:-1], gates)
         z = lora_shrink(x, A, dropout_p=self.dropout_p(), training=self.training)
-        ranks = rank_list(A, gates)
-        return lora_expand(base(x, *args, **kwargs), z, B, scaling, gates=gates, ranks=ranks)
+        return lora_expand(base(x, *args, **kwargs), z, B, scaling, gates=gates, ranks=rank_list(A, gates))
 
 
 class Linear(DenseLoRA, nn.Linear):

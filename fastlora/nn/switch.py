@@ -39,8 +39,7 @@ def _set(off, tasks, row_ranks, restored):
 
 def turned_off(layers):
     """Context manager: in this thread, these layers too run without their adapters."""
-    off = switch.off | frozenset(map(id, layers))
-    return _set(off, switch.tasks, switch.row_ranks, switch.restored)
+    return _set(switch.off | frozenset(map(id, layers)), switch.tasks, switch.row_ranks, switch.restored)
 
 
 def selected(owner, keys, gates=None):
@@ -58,8 +57,7 @@ def selection(owner):
 
 def rows_ranked(layers, ranks):
     """Context manager: in this thread, batch row i uses the first ranks[i] components of these layers' adapters."""
-    ranked = switch.row_ranks | dict.fromkeys(map(id, layers), ranks)
-    return _set(switch.off, switch.tasks, ranked, switch.restored)
+    return _set(switch.off, switch.tasks, switch.row_ranks | dict.fromkeys(map(id, layers), ranks), switch.restored)
 
 
 def checkpoint_context():

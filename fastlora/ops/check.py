@@ -18,7 +18,6 @@ def kind(ok, name, got, expected):
 
 
 def tensors(name, given):
-    """A tensor or a sequence of tensors as a list of tensors."""
     if isinstance(given, torch.Tensor):
         return [given]
     kind(isinstance(given, (list, tuple)), name, type(given).__name__, "a tensor or a sequence of tensors")

@@ -18,15 +18,10 @@ from fastlora.ops.library import define, lib
 _WORD = 0xFFFFFFFF
 
 
-def threshold(p):
-    """The number of the 65,536 lane values that are dropped."""
-    return round(p * 65536)
-
-
 def scale(p):
     """What a kept element is multiplied by."""
-    t = threshold(p)
-    return 65536 / (65536 - t) if t < 65536 else 0.0
+    kept = 65536 - round(p * 65536)
+    return 65536 / kept if kept else 0.0
 
 
 def philox(blocks, seed):
@@ -47,7 +42,7 @@ def dropout_mask(shape, p, seed):
     n = math.prod(shape)
     words = philox(torch.arange((n + 7) // 8, device=seed.device), seed)
     lanes = torch.stack((words & 0xFFFF, words >> 16), -1)
-    return (lanes.reshape(-1)[:n] >= threshold(p)).reshape(shape)
+    return (lanes.reshape(-1)[:n] >= round(p * 65536)).reshape(shape)
 
 
 def wide(x):

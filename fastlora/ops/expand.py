@@ -81,14 +81,13 @@ def _fake(y, z, lora_B, scaling, gates, ranks, columns):
     return y.new_empty(y.shape)
 
 
-def _backward_fake(dy, z, lora_B, scaling, gates, ranks, columns, needs):
-    return blanks((z, lora_B, scaling, gates), needs, z)
-
-
 backends.register("lora_expand", "reference", lora_expand_reference)
 backends.register("lora_expand_backward", "reference", lora_expand_backward_reference)
 _SHARED = "Tensor z, Tensor[] lora_B, Tensor scaling, Tensor? gates, int[] ranks, int[] columns"
 lora_expand_op = define("lora_expand", f"Tensor y, {_SHARED}", "Tensor", _fake, check.expand)
 define(
-    "lora_expand_backward", f"Tensor dy, {_SHARED}, bool[4] needs", "(Tensor, Tensor[], Tensor, Tensor)", _backward_fake
+    "lora_expand_backward",
+    f"Tensor dy, {_SHARED}, bool[4] needs",
+    "(Tensor, Tensor[], Tensor, Tensor)",
+    lambda dy, z, lora_B, scaling, gates, ranks, columns, needs: blanks((z, lora_B, scaling, gates), needs, z),
 )

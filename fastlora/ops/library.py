@@ -14,8 +14,7 @@ lib = torch.library.Library("fastlora", "FRAGMENT")
 def define(name, arguments, returns, fake, check=None):
     """Declare fastlora::<name> with its fake, and the overload `.python` that walks the back-ends written in Python.
 
-    C++ kernels take the CPU and CUDA keys where `_C` is built; every other device, and every pinned back-end, comes
-    through `backends.run`.
+    C++ kernels take the CPU and CUDA keys where `_C` is built; other devices and pinned back-ends walk.
     """
     kernel = backends.kernel(name, check)
     for overload in (name, f"{name}.python"):
@@ -65,10 +64,7 @@ def autograd_in_python(name, wanted, apart=None):
 
 
 def autocast_in_python(name, cast, adapters):
-    """Autocast where `_C` is missing: the arguments at the positions in `cast` get the autocast dtype.
-
-    So do the half tensors of the lists at the positions in `adapters`; float32 masters stay, which the kernels take.
-    """
+    """Autocast where `_C` is missing: the arguments at `cast`, and what is not float32 in the lists at `adapters`."""
     op = getattr(torch.ops.fastlora, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 

@@ -89,13 +89,9 @@ def lora_linear_backward_reference(
     return dx, dweight, dA, dB, dscaling, dbias, dgates, dcolumn
 
 
-def _fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
-    check.linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
-    y = _fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed)
+    check.linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     z = x.new_empty((*x.shape[:-1], sum(a.shape[0] for a in lora_A)), dtype=wide(x))
     return y, z, x.new_empty(0 if column_scale is None else y.shape)
 
@@ -105,19 +101,16 @@ def _backward_fake(dy, x, weight, lora_A, lora_B, scaling, gates, ranks, column_
     return blanks((x, weight, lora_A, lora_B, scaling, bias, gates, column_scale), needs, x)
 
 
-_GIVEN = (
-    "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, {bias}Tensor? gates, int[] ranks, "
-    "Tensor? column_scale, float dropout_p, Tensor? seed"
-)
+_FIRST = "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling"
+_REST = "Tensor? gates, int[] ranks, Tensor? column_scale, float dropout_p, Tensor? seed"
+_ALL, _THREE = f"{_FIRST}, Tensor? bias, {_REST}", "(Tensor, Tensor, Tensor)"
 backends.register("lora_linear_forward", "reference", lora_linear_forward_reference)
 backends.register("lora_linear_backward", "reference", lora_linear_backward_reference)
-lora_linear_op = define("lora_linear", _GIVEN.format(bias="Tensor? bias, "), "Tensor", _fake, check.linear)
-lora_linear_forward_op = define(
-    "lora_linear_forward", _GIVEN.format(bias="Tensor? bias, "), "(Tensor, Tensor, Tensor)", _forward_fake, check.linear
-)
+lora_linear_op = define("lora_linear", _ALL, "Tensor", lambda *args: _forward_fake(*args)[0], check.linear)
+lora_linear_forward_op = define("lora_linear_forward", _ALL, _THREE, _forward_fake, check.linear)
 define(
     "lora_linear_backward",
-    f"Tensor dy, {_GIVEN.format(bias='')}, Tensor z, Tensor u, bool[8] needs",
+    f"Tensor dy, {_FIRST}, {_REST}, Tensor z, Tensor u, bool[8] needs",
     "(Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )

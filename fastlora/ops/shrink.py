@@ -65,10 +65,6 @@ def _fake(x, lora_A, dropout_p, seed):
     return x.new_empty((*x.shape[:-1], sum(a.shape[0] for a in lora_A)), dtype=wide(x))
 
 
-def _backward_fake(dz, x, lora_A, dropout_p, seed, needs):
-    return blanks((x, lora_A), needs, x)
-
-
 backends.register("lora_shrink", "reference", lora_shrink_reference)
 backends.register("lora_shrink_backward", "reference", lora_shrink_backward_reference)
 lora_shrink_op = define(
@@ -78,5 +74,5 @@ define(
     "lora_shrink_backward",
     "Tensor dz, Tensor x, Tensor[] lora_A, float dropout_p, Tensor? seed, bool[2] needs",
     "(Tensor, Tensor[])",
-    _backward_fake,
+    lambda dz, x, lora_A, dropout_p, seed, needs: blanks((x, lora_A), needs, x),
 )
