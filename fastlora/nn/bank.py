@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from fastlora.nn.attention import ProjectionLoRA
-from fastlora.nn.layer import Adapter
-from fastlora.nn.rows import Stacked
-from fastlora.nn.switch import cannot_know, is_off, is_recompute, selection, switch
+from fastlora.nn.layer import Adapter, LoRALayer
+from fastlora.nn.switch import Stacked, cannot_know, is_off, is_recompute, selection, switch
 from fastlora.ops import check
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))
@@ -64,13 +63,10 @@ class Chooser:
             self._chose = (keys, gates) if ran is None else False
 
     def train(self, mode=True):
-        self._chose = None
+        self._chose, self._ran = None, frozenset()
         return super().train(mode)
 
-    def __getstate__(self):
-        # object has one from Python 3.11 on
-        before = getattr(super(), "__getstate__", lambda: self.__dict__)()
-        return {**before, "_chose": None, "_stack": None}
+    __getstate__ = LoRALayer.__getstate__
 
 
 class Bank(Chooser):
@@ -85,7 +81,6 @@ class Bank(Chooser):
     _stack = None
 
     def open(self, owner, lora_dropout=0.0):
-        """Make room for tasks."""
         self.owner, self.tasks = owner, nn.ModuleDict()
         self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
         if self.kind == "conv":
@@ -106,11 +101,9 @@ class Bank(Chooser):
 
     @property
     def r(self):
-        """The rank in force: the sum of the chosen adapters'."""
         return sum(task.r for task in pick(self.tasks, self.chosen()[0]))
 
     def set_scale(self, scale):
-        """Scale the chosen adapters by scale · lora_alpha / r."""
         for task in pick(self.tasks, self.chosen()[0]):
             task.set_scale(scale)
 
@@ -218,7 +211,6 @@ class Wrapped(Chooser, nn.Module):
             return getattr(self.module, name)
 
     def check_merge(self, name):
-        """Raise ValueError: nothing is known of what a task's module does."""
         check.value(False, name, "a module of a user's type with tasks", "a layer to merge into")
 
     def biases(self):
@@ -241,7 +233,3 @@ class Wrapped(Chooser, nn.Module):
                 gate = gate.view(-1, *(1 for _ in base.shape[1:]))
             y = y + gate * (task(*args, **kwargs) - base)
         return y
-
-    def train(self, mode=True):
-        self._ran = frozenset()
-        return super().train(mode)

@@ -32,8 +32,6 @@ _transposed = set()
 _OWN = ("r", "lora_alpha", "lora_dropout", "lora_A", "lora_B", "scaling", "rank", "frozen", "_factor", "fan_in_fan_out",
         "merged", "merge_weights", "enable_lora", "form", "tasks", "owner", "place", "_merged_copy",
         "_ran", "_chose", "_stack")  # fmt: skip
-# module that defines a type of linear layer -> ours that registers it, loaded once the former is
-_INTEGRATIONS = {"transformers.pytorch_utils": "fastlora.integrations.transformers"}
 
 
 def register_linear(cls, fan_in_fan_out=False):
@@ -45,21 +43,20 @@ def register_linear(cls, fan_in_fan_out=False):
 
 def kind_of(module):
     """The kind of LoRA layer that a module becomes; None for one that cannot have an adapter."""
-    for defines, registers in _INTEGRATIONS.items():
-        if defines in sys.modules:
-            importlib.import_module(registers)
+    if "transformers.pytorch_utils" in sys.modules:
+        # which defines a type of linear layer: ours registers it
+        importlib.import_module("fastlora.integrations.transformers")
     kind = _kinds.get(getattr(type(module), "lora_base", type(module)))
     if kind is DenseLoRA:
         weight = module._parameters.get("weight")
         dense = type(weight) is nn.Parameter and weight.is_floating_point()
         return DenseLoRA if dense and weight.layout == torch.strided and weight.dim() == 2 else OpaqueLoRA
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return kind or (OpaqueLoRA if all(isinstance(size, int) for size in sizes) else None)
+    sized = all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
+    return kind or (OpaqueLoRA if sized else None)
 
 
 def is_linear(module):
-    kind = kind_of(module)
-    return kind is not None and issubclass(kind, (DenseLoRA, OpaqueLoRA))
+    return issubclass(kind_of(module) or object, (DenseLoRA, OpaqueLoRA))
 
 
 def dense_weight(module):
@@ -97,11 +94,8 @@ def check_convertible(name, modules, r):
 
 def _bound_forwards(module):
     """The instance attributes that hold the class's own forward, as accelerate's `_old_forward`."""
-    own = type(module).forward
-    return [
-        key for key, value in vars(module).items()
-        if getattr(value, "__self__", None) is module and getattr(value, "__func__", None) is own
-    ]  # fmt: skip
+    own = types.MethodType(type(module).forward, module)
+    return [key for key, value in vars(module).items() if type(value) is types.MethodType and value == own]
 
 
 def change_class(module, cls):
@@ -140,13 +134,10 @@ def restore(module, merged):
             del module._modules[f"lora_{name}"]
         change_class(module, base)
         return
-    weight = None
-    if merged and module.r:
-        weight = module.merged_weight()
-    elif module.fan_in_fan_out and base is nn.Linear:
-        weight = module.base_weight().detach()
-    if weight is not None:
-        weight = weight if base is nn.Linear or not module.fan_in_fan_out else weight.t()
+    changed, turned = merged and module.r, module.fan_in_fan_out
+    if changed or turned and base is nn.Linear:
+        weight = module.merged_weight() if changed else module.base_weight().detach()
+        weight = weight.t() if turned and base is not nn.Linear else weight
         module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
     for name in _OWN:
         for attributes in (module._parameters, module._modules, vars(module)):

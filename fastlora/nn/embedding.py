@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.nn.layer import LoRALayer, check_adapter
-from fastlora.nn.rows import match_rows, rank_list
+from fastlora.nn.switch import match_rows, rank_list
 from fastlora.ops import check
 from fastlora.ops.dropout import draw_seed, lora_dropout_op
 from fastlora.ops.expand import lora_expand_op

@@ -34,16 +34,15 @@ def from_any_name(key):
     return re.sub(r"((?:^|\.)lora_[AB])(\.[^.]+)?\.weight$", r"\1", key)
 
 
-def to_tasks(kind, lora_A, lora_B):
-    """TheDiscoMole/LoRA's A (out, r) and B (r, in), views: the letters are the other way round there."""
-    return (lora_A.mT, lora_B.mT) if kind == "embedding" else (lora_B, lora_A)
+def to_tasks(kind, A, B):
+    """TheDiscoMole/LoRA's A (out, r) and B (r, in) of lora_A and lora_B, views, or back; either may be None.
+
+    The letters are the other way round there.
+    """
+    return tuple(t if t is None else t.mT for t in (A, B)) if kind == "embedding" else (B, A)
 
 
-def from_tasks(kind, A, B):
-    """lora_A and lora_B of TheDiscoMole/LoRA's A and B, either of which may be None."""
-    if kind == "embedding":
-        return tuple(t if t is None else t.mT for t in (A, B))
-    return B, A
+from_tasks = to_tasks
 
 
 def adopt(layer, state_dict, prefix):
@@ -215,8 +214,8 @@ def _write_attention(layer, dialect, where):
     each = layer.projections()
     pairs = {name: (p.lora_A.detach(), p.lora_B.detach()) for name, p in each.items()}
     if dialect in ("fastlora", "tasks"):
-        tensors = {name: write(p, dialect, f"{where}.lora_{name}") for name, p in each.items()}
-        return {f"lora_{name}.{key}": tensor for name, of in tensors.items() for key, tensor in of.items()}
+        found = {f"lora_{name}.": write(p, dialect, f"{where}.lora_{name}") for name, p in each.items()}
+        return {start + key: tensor for start, tensors in found.items() for key, tensor in tensors.items()}
     check.value(dialect != "loralib", where, "an attention layer", "a layer that loralib has")
     joint = layer._qkv_same_embed_dim
     check.value(joint or dialect != "peft", where, "kdim or vdim", "an attention layer that PEFT has: equal sizes")

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from fastlora import backends
 from fastlora.ops import check
-from fastlora.ops.library import autocast_in_python, define, lib, scalar
+from fastlora.ops.dropout import wide
+from fastlora.ops.library import blanks, define, scalar
 from fastlora.ops.route import Pages, Route
-from fastlora.ops.shrink import flat, wide
+from fastlora.ops.shrink import flat
 
 
 def lora_routed(
@@ -181,68 +182,29 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale,
         check.value(A.device == x.device, "pages", f"pages on {A.device}", f"{x.device}, as x")
 
 
-def _fake(x, weight, *args):
-    _check(x, weight, *args)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
-    y = _fake(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages)
+    _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages)
     rows = max(len(slices), 1) * _rank_rows(lora_B, pages)
-    return y, x.new_empty((gates.shape[0], rows), dtype=wide(x))
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((gates.shape[0], rows), dtype=wide(x))
 
 
 def _backward_fake(dy, x, weight, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages, z, needs):
-    def like(t, need):
-        if isinstance(t, torch.Tensor):
-            return t.new_empty(t.shape if need else 0)
-        return [s.new_empty(s.shape) for s in t] if need else []
-
-    given = x, weight, lora_A, lora_B, scaling, x.new_empty(weight.shape[0]), gates
-    return tuple(like(t, need) for t, need in zip(given, needs, strict=True))
+    return blanks((x, weight, lora_A, lora_B, scaling, x.new_empty(weight.shape[0]), gates), needs, x)
 
 
-_GIVEN = (
-    "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, {bias}Tensor[] route, Tensor gates, "
-    "Tensor[] column_scale, int[] slices, Tensor[] pages"
+_FIRST = "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling"
+_REST = "Tensor[] route, Tensor gates, Tensor[] column_scale, int[] slices, Tensor[] pages"
+_ALL, _FORWARD, _BACKWARD = f"{_FIRST}, Tensor? bias, {_REST}", "lora_routed_forward", "lora_routed_backward"
+backends.register(_FORWARD, "reference", lora_routed_forward_reference)
+backends.register(_BACKWARD, "reference", lora_routed_backward_reference)
+lora_routed_op = define("lora_routed", _ALL, "Tensor", lambda *args: _forward_fake(*args)[0], _check)
+lora_routed_forward_op = define(
+    _FORWARD, _ALL, "(Tensor, Tensor)", _forward_fake, _check, lora_routed_forward_reference
 )
-_FORWARD = _GIVEN.format(bias="Tensor? bias, ")
-backends.register_first("lora_routed", "lora_routed_forward")
-backends.register("lora_routed_forward", "reference", lora_routed_forward_reference)
-backends.register("lora_routed_backward", "reference", lora_routed_backward_reference)
-lora_routed_op = define("lora_routed", _FORWARD, "Tensor", _fake, _check)
-lora_routed_forward_op = define("lora_routed_forward", _FORWARD, "(Tensor, Tensor)", _forward_fake, _check)
-lora_routed_backward_op = define(
-    "lora_routed_backward",
-    f"Tensor dy, {_GIVEN.format(bias='')}, Tensor z, bool[7] needs",
+define(
+    _BACKWARD,
+    f"Tensor dy, {_FIRST}, {_REST}, Tensor z, bool[7] needs",
     "(Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor)",
     _backward_fake,
+    reference=lora_routed_backward_reference,
 )
-
-
-def _setup(ctx, inputs, output):
-    x, weight, lora_A, lora_B, scaling, _, route, gates, column_scale, ctx.slices, pages = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.counts = len(lora_A), len(column_scale)
-    ctx.save_for_backward(x, weight, scaling, gates, output[1], *route, *lora_A, *lora_B, *column_scale, *pages)
-
-
-def _backward(ctx, dy, _):
-    x, weight, scaling, gates, z, *rest = ctx.saved_tensors
-    (E, C), route, rest = ctx.counts, rest[:5], rest[5:]
-    A, B, columns, pages = rest[:E], rest[E : 2 * E], rest[2 * E : 2 * E + C], rest[2 * E + C :]
-    need = ctx.needs_input_grad
-    needs = [need[0], need[1], any(need[2]), any(need[3]), need[4], need[5], need[7]]
-    grads = lora_routed_backward_op(
-        dy, x, weight, A, B, scaling, route, gates, columns, ctx.slices, pages, z, needs
-    )  # fmt: skip
-    dx, dw, dA, dB, ds, dbias, dg = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    dA, dB = [None] * E if dA is None else dA, [None] * E if dB is None else dB
-    return dx, dw, dA, dB, ds, dbias, [None] * 5, dg, [None] * C, None, [None] * len(pages)
-
-
-def register_python_autograd():
-    """The autograd formula and autocast where `_C` is missing."""
-    torch.library.register_autograd("fastlora::lora_routed_forward", _backward, setup_context=_setup)
-    lib.impl("lora_routed", lambda *args: lora_routed_forward_op(*args)[0], "Autograd")
-    autocast_in_python("lora_routed", (0, 1, 5), (2, 3))
