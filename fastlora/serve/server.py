@@ -47,6 +47,7 @@ class Server:
             (HTTPException, lambda _, e: refusal(e.status_code, str(e.detail))),
             (Refused, lambda _, e: refusal(e.status, e.message, e.kind, e.param)),
             (Stopped, lambda _, e: refusal(503, str(e), "ServiceUnavailableError")),
+            (Exception, lambda _, e: refusal(500, "an error of the server", "InternalServerError")),
         ):
             self.app.add_exception_handler(kind, handler)
         routes = {"/health": self.health, "/metrics": self.show_metrics, "/v1/models": self.models}
@@ -96,7 +97,7 @@ class Server:
             raise Refused(400, f"The lora adapter {name!r} has already been loaded.", "InvalidUserInput", "lora_name")
         try:
             (self.pool.replace if known else self.pool.load)(name, folder)
-        except (ValueError, OSError, PoolFull) as error:
+        except Exception as error:  # whatever a damaged file makes its readers raise
             raise Refused(400, str(error), param="lora_path") from error
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 

@@ -3,10 +3,13 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MOST_TERMS, MOST_WEIGHT = 16, 100.0
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+# JSON can hold half of a surrogate pair, which is no text: encoding it raises a ValueError
+Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Name = Annotated[Text, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -66,7 +69,7 @@ class Strict(BaseModel):
 class Sampling(Strict):
     """The fields that completions and chat share. What would change an answer and is not supported has one value."""
 
-    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    model: Name
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
@@ -94,7 +97,7 @@ class Sampling(Strict):
 
 
 class Completion(Sampling):
-    prompt: str | Annotated[list[TokenId], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: Text | Annotated[list[TokenId], Field(min_length=1)] | Annotated[list[Text], Field(min_length=1, max_length=1)]
     best_of: Literal[1] | None = 1
     echo: Literal[False] | None = False
     logprobs: None = None
@@ -103,12 +106,12 @@ class Completion(Sampling):
 
 class Part(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[Part]
+    role: Name
+    content: Text | list[Part]
     name: str | None = None
 
     def text(self):
@@ -125,11 +128,11 @@ class Chat(Sampling):
 
 
 class Load(Strict):
-    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
-    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    lora_name: Name
+    lora_path: Name
     load_inplace: bool = False
 
 
 class Unload(Strict):
-    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_name: Name
     lora_int_id: int | None = None

@@ -244,7 +244,7 @@ def test_metrics_and_health(client, served):
 
 def test_an_api_key_is_asked_for_and_too_many_get_429(serving):
     with serving(names=("fr",), api_key="secret", most=1, max_streams=1) as served:
-        for key in ("none", "secret ", "sécret"):
+        for key in ("none", "secrets", "sécret"):
             answer = httpx.get(f"{served.url}/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
             assert answer.status_code == 401 and answer.json()["error"]["type"] == "AuthenticationError"
         assert httpx.get(f"{served.url}/health").status_code == 200
