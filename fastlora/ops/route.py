@@ -13,7 +13,7 @@ TILE = 16
 class Route:
     """Token t uses slots[offsets[t]:offsets[t + 1]], each with its gate; an empty list is the base alone.
 
-    offsets (T + 1,), slots (n,), gates (n,), a tensor that may require grad, or None for 1, kept in float32 or float64. Tokens are x's leading
+    offsets (T + 1,), slots (n,), gates (n,), a tensor that may require grad, or None for 1. Tokens are x's leading
     dimensions in row-major order. Tokens that use the same slots make one segment, wherever they are: `order` (T,)
     puts them together, `tiles` (tiles, 3) cuts that into (first position, at most 16 tokens, slots in their list).
     `plan`, on the CPU: G segments, their starts (G + 1), the starts of their lists (G + 1), the lists. All of it is

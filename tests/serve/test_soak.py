@@ -97,7 +97,7 @@ def resident():
 
 def run(serving, tiny, rounds, requests):
     bodies = kinds(40)
-    with serving(adapter_root=tiny.adapters, adapters=5) as served:
+    with serving(adapter_root=tiny.adapters, adapters=2) as served:
         memory = []
         for _ in range(rounds):
             wrong, changed, distinct = asyncio.run(storm(served, tiny.adapters, bodies, requests))
