@@ -78,7 +78,6 @@ class _Adapters:
             d = B[int(columns[slot]), 0] if columns[slot] >= 0 else None
             scale = scales[slot]
         else:
-            check.value(e < len(self.A), "route", f"slot {slot}", f"slots below {self.S + len(self.A)}")
             a, b, scale = self.A[e].unflatten(0, (self.k, self.B[e].shape[1])), self.B[e].T, self.scales[e]
             c = self.column_scale[e] if self.column_scale else self.x.new_empty(0)
             d = (c.to(wide(self.x)) - 1) if c.numel() else None
@@ -182,6 +181,13 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale,
         check.value(A.device == x.device, "pages", f"pages on {A.device}", f"{x.device}, as x")
 
 
+def _check_slots(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
+    _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages)
+    most = max((slot for _, _, slots in _segments(route[4]) for slot in slots), default=-1)
+    slots = len(lora_A) + (pages[2].shape[0] if pages else 0)
+    check.value(most < slots, "route", f"slot {most}", f"slots below {slots}")
+
+
 def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
     _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages)
     rows = max(len(slices), 1) * _rank_rows(lora_B, pages)
@@ -197,9 +203,9 @@ _REST = "Tensor[] route, Tensor gates, Tensor[] column_scale, int[] slices, Tens
 _ALL, _FORWARD, _BACKWARD = f"{_FIRST}, Tensor? bias, {_REST}", "lora_routed_forward", "lora_routed_backward"
 backends.register(_FORWARD, "reference", lora_routed_forward_reference)
 backends.register(_BACKWARD, "reference", lora_routed_backward_reference)
-lora_routed_op = define("lora_routed", _ALL, "Tensor", lambda *args: _forward_fake(*args)[0], _check)
+lora_routed_op = define("lora_routed", _ALL, "Tensor", lambda *args: _forward_fake(*args)[0], _check_slots)
 lora_routed_forward_op = define(
-    _FORWARD, _ALL, "(Tensor, Tensor)", _forward_fake, _check, lora_routed_forward_reference
+    _FORWARD, _ALL, "(Tensor, Tensor)", _forward_fake, _check_slots, lora_routed_forward_reference
 )
 define(
     _BACKWARD,

@@ -1,15 +1,16 @@
-"""Continuous batching with an adapter per request: transformers schedules and pages, this gives each token its route.
+"""Continuous batching with adapters per request: transformers schedules and pages, this gives each token its route.
 
-The one file that touches transformers' private names; `SUPPORTED` says of which versions. Four of its methods are
-wrapped on the objects themselves: where a step is packed (the route is built from the same requests in the same
-order), where it runs, where it samples, and where blocks of keys and values are looked up and kept by their content
-(another adapter's blocks are other blocks).
+The one file that touches transformers' private names, of the versions in SUPPORTED. It wraps, on the objects, where a
+step is packed, runs and samples, and where blocks of keys and values are looked up by their content: with another
+adapter they are other blocks.
 """
 
 import hashlib
 import itertools
 import threading
 from collections import deque
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +19,6 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from fastlora.serve.batch import Packed
 from fastlora.serve.pool import PoolFull
-from fastlora.serve.sampling import Sampler
 
 SUPPORTED = ("5.20", "5.25")
 
@@ -31,22 +31,42 @@ class Full(RuntimeError):
     """As many requests as are allowed run and wait."""
 
 
+@dataclass(eq=False)
 class Request:
-    """One prompt on its way. `on_token(token, finish)` is called in the engine's thread for each new token, `finish`
-    being None, "stop", "length" or an exception; after that it is called no more."""
+    """One prompt on its way, and how its tokens are drawn, whatever else is in the batch."""
 
-    def __init__(self, number, input_ids, spec, max_new_tokens, sampler, eos, on_token):
-        self.id, self.input_ids, self.spec = f"fastlora-{number}", input_ids, spec
-        self.max_new_tokens, self.sampler, self.eos, self.on_token = max_new_tokens, sampler, eos, on_token
-        self.lease, self.seen, self.cancelled = None, 0, False
+    id: str
+    spec: Any
+    on_token: Any
+    eos: tuple
+    settings: dict
+    temperature: float
+    top_p: float
+    top_k: int
+    generator: Any
+    lease: Any = None
+    seen: int = 0
+    cancelled: bool = False
+
+    def draw(self, logits):
+        """One token (0-d) of logits (vocabulary,)."""
+        # far below 1e-4 they would overflow, and the likeliest has all of the probability
+        if self.temperature < 1e-4 or self.top_k == 1:
+            return logits.argmax()
+        logits, tokens = (logits / self.temperature).sort(descending=True)
+        probabilities = logits[: self.top_k or None].softmax(-1)
+        if self.top_p < 1:
+            probabilities = probabilities.masked_fill(probabilities.cumsum(-1) - probabilities >= self.top_p, 0)
+        return tokens[torch.multinomial(probabilities, 1, generator=self.generator)[0]]
 
 
 class Engine:
     """Serves `model`, whose layers `attach` has given `pool`, from a thread of its own.
 
-    `cache_tokens` is the size of the cache of keys and values, `batch_tokens` the most tokens in a step, `page` the
-    tokens of a block, `most` the requests that may run and wait at once. A request keeps its adapters from the moment
-    that the pool has room for them until it ends, fails or is cancelled; until then it waits here.
+    `cache_tokens` is the size of the cache of keys and values, in blocks of `page`; `batch_tokens` the most tokens in
+    a step; `most` the requests that may run and wait at once. A request keeps its adapters from the moment that the
+    pool has room for them until it ends, fails or is cancelled; until then it waits here. Raises RuntimeError for a
+    transformers outside SUPPORTED and for a tensor parallel model.
     """
 
     def __init__(self, model, pool, *, cache_tokens=8192, batch_tokens=256, page=32, most=256, prefix_sharing=True):
@@ -63,15 +83,10 @@ class Engine:
         self._requests, self._waiting, self._numbers = {}, deque(), itertools.count()
         self._lock, self._idle, self._closing = threading.RLock(), threading.Event(), False
         self._idle.set()
-        config = ContinuousBatchingConfig(
-            page_size=page,
-            num_blocks=-(-cache_tokens // page),
-            max_batch_tokens=batch_tokens,
-            max_requests_per_batch=batch_tokens,
-            allow_block_sharing=prefix_sharing,
-            use_async_batching=False,
-            use_cuda_graph=False,
-        )
+        sizes = {"page_size": page, "num_blocks": -(-cache_tokens // page), "max_batch_tokens": batch_tokens}
+        # a graph would replay the routes of the step that it was captured from
+        ways = {"allow_block_sharing": prefix_sharing, "use_async_batching": False, "use_cuda_graph": False}
+        config = ContinuousBatchingConfig(max_requests_per_batch=batch_tokens, **sizes, **ways)
         generation = GenerationConfig(do_sample=False, eos_token_id=list(self.eos) or -1)
         self._manager = model.init_continuous_batching(generation, config)
         self._create, self._manager._create_batch_processor = self._manager._create_batch_processor, self._processor
@@ -87,17 +102,23 @@ class Engine:
         """(requests that run, requests that wait for room in the pool)"""
         return len(self._requests) - len(self._waiting), len(self._waiting)
 
-    def submit(self, input_ids, spec, on_token, *, max_new_tokens, ignore_eos=False, **sampling):
+    def submit(
+        self, input_ids, spec, on_token, *, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=None, ignore_eos=False
+    ):
         """Queue a prompt for None, an adapter's name or {name: weight}; returns its Request.
 
-        Sampling: temperature (0: the likeliest token), top_p, top_k, seed. Raises KeyError for an unknown adapter,
-        ValueError for a prompt that has no room, Full, Stopped.
+        `on_token(token, finish)` is called in the engine's thread for each new token; finish is None, then "stop",
+        "length" or an exception. Raises KeyError for an unknown adapter, ValueError for a prompt without room, Full,
+        PoolFull, Stopped.
         """
         if not input_ids or len(input_ids) + max_new_tokens > self.longest:
             raise ValueError(f"{len(input_ids)} prompt tokens and {max_new_tokens} new ones: 1 to {self.longest} in all")
-        sampler = Sampler(self.model.device, **sampling)
+        generator = torch.Generator(self.model.device)
+        generator.seed() if seed is None else generator.manual_seed(seed)
         eos = () if ignore_eos else self.eos
-        request = Request(next(self._numbers), list(input_ids), spec, max_new_tokens, sampler, eos, on_token)
+        settings = {"input_ids": input_ids, "max_new_tokens": max_new_tokens, "eos_token_id": list(eos)}
+        number = f"fastlora-{next(self._numbers)}"
+        request = Request(number, spec, on_token, eos, settings, temperature, top_p, max(top_k, 0), generator)
         with self._lock:
             if not self.alive:
                 raise Stopped("the engine is stopping or has died")
@@ -106,11 +127,7 @@ class Engine:
             self._requests[request.id] = request
             self._idle.clear()
             self._waiting.append(request)
-            try:
-                self._admit(request)
-            except BaseException:
-                self._forget(request)
-                raise
+            self._admit(request)
         return request
 
     def cancel(self, request):
@@ -126,8 +143,8 @@ class Engine:
         """Take no more requests, finish those there are (for at most `timeout` seconds), end the thread."""
         with self._lock:
             self._closing = True
-        finished = self._idle.wait(timeout if self._manager.is_running() else 0)
-        self._manager.stop(hard_stop=not finished)
+        if self._manager.is_running():
+            self._manager.stop(hard_stop=not self._idle.wait(timeout))
 
     def _admit(self, newest=None):
         """Give the waiting their adapters, in order; who needs none passes. `newest`'s errors are its caller's."""
@@ -137,22 +154,18 @@ class Engine:
                 continue
             try:
                 request.lease = self.pool.acquire(request.spec)
-                self._start(request)
+                if self._manager.add_request(request_id=request.id, streaming=True, **request.settings) is None:
+                    raise Stopped("the engine is stopping or has died")
                 self._waiting.remove(request)
             except (PoolFull, KeyError, ValueError, Stopped) as error:
-                # without a request that runs, no room will ever come free
-                full = isinstance(error, PoolFull) and self.counts()[0] > 0
-                if full:
+                # without a request that runs no room will ever come free
+                if isinstance(error, PoolFull) and self.counts()[0]:
+                    full = True
                     continue
+                self._forget(request)
                 if request is newest:
                     raise
-                self._forget(request)
                 request.on_token(None, error)
-
-    def _start(self, request):
-        limits = {"max_new_tokens": request.max_new_tokens, "eos_token_id": list(request.eos)}
-        if self._manager.add_request(request.input_ids, request.id, streaming=True, **limits) is None:
-            raise Stopped("the engine is stopping or has died")
 
     def _forget(self, request):
         with self._lock:
@@ -164,13 +177,13 @@ class Engine:
             if not self._requests:
                 self._idle.set()
 
+    # in the manager's thread
+
     def _deliver(self, output):
-        """A step's outcome for a request, in the manager's thread."""
         request = self._requests.get(output.request_id)
         if request is None:
             return
-        new, request.seen = output.generated_tokens[request.seen :], len(output.generated_tokens)
-        finish = None
+        new, request.seen, finish = output.generated_tokens[request.seen :], len(output.generated_tokens), None
         if output.error is not None:
             finish = Stopped(output.error)
         elif output.is_finished():
@@ -181,72 +194,62 @@ class Engine:
             for token in new[:-1]:
                 request.on_token(token, None)
             request.on_token(new[-1] if new else None, finish)
-        if finish is not None:
-            with self._lock:
-                self._admit()
-
-    # in the manager's thread
+        with self._lock:
+            self._admit()
 
     def _processor(self):
-        processor = self._create()
-        io, runner, scheduler = processor.inputs_and_outputs, processor.model_runner, processor.scheduler
+        processor, now = self._create(), []
+        io, scheduler = processor.inputs_and_outputs, processor.scheduler
         pack, step, clear = io.prepare_batch_tensors, processor._generation_step, scheduler.clear_cancelled_requests
-        now = []
 
         def prepare_batch_tensors(requests_in_batch, *args, **kwargs):
-            states = list(requests_in_batch)
             pack(requests_in_batch, *args, **kwargs)
-            requests = [self._requests[future.state.request_id] for future in states]
-            rows = [i for i, future in enumerate(states) for _ in range(future.query_length)]
+            requests = [self._requests[future.state.request_id] for future in requests_in_batch]
+            lengths = [future.query_length for future in requests_in_batch]
+            rows = [i for i, length in enumerate(lengths) for _ in range(length)]
             rows += [-1] * (io.num_q_tokens - len(rows))
-            ends = itertools.accumulate(future.query_length for future in states)
-            kept = [end - 1 for end, future in zip(ends, states, strict=True) if future.has_new_token]
-            kept += [0] * (len(states) - len(kept))
+            ends = zip(itertools.accumulate(lengths), requests_in_batch, requests, strict=True)
+            drawn = [(end - 1, request) for end, future, request in ends if future.has_new_token]
+            # as many as there are requests: the manager's own indices end in zeros where a prompt was cut
+            kept = [end for end, _ in drawn] + [0] * (len(requests) - len(drawn))
             packed = Packed([request.lease.entries for request in requests], rows, self.model.device, kept)
-            drawn = [request.sampler for request, future in zip(requests, states, strict=True) if future.has_new_token]
-            now[:] = packed, drawn
+            now[:] = packed, [request for _, request in drawn]
 
         def generation_step(model):
             with self.pool.running(now[0]):
                 step(model)
 
         def sample(scores, output_ids):
-            tokens = scores[0].argmax(-1)
-            for i, sampler in enumerate(now[1]):
-                if not sampler.greedy:
-                    tokens[i] = sampler.draw(scores[0, i])
-            output_ids[0, : len(tokens)].copy_(tokens)
+            for i, request in enumerate(now[1]):
+                output_ids[0, i] = request.draw(scores[0, i])
 
         def clear_cancelled_requests():
             states = clear()
             # no step runs now that could still read their adapters
             for state in states:
                 self._forget(self._requests[state.request_id])
-            if states:
-                with self._lock:
-                    self._admit()
+            with self._lock:
+                self._admit()
             return states
 
         io.prepare_batch_tensors, processor._generation_step = prepare_batch_tensors, generation_step
-        runner._sample, scheduler.clear_cancelled_requests = sample, clear_cancelled_requests
+        processor.model_runner._sample, scheduler.clear_cancelled_requests = sample, clear_cancelled_requests
         self._seed_prefixes(processor.cache)
         return processor
 
     def _seed_prefixes(self, cache):
-        """Blocks are found by a hash of their tokens: here also of what the request's adapters do to them."""
+        """Blocks are found by a hash of their tokens; here the first of a prompt stand also for its lease's key."""
 
         def seeded(request_id, tokens):
-            key = self._requests[request_id].lease.key if request_id in self._requests else None
-            if not key:
-                return tokens
+            key = self._requests[request_id].lease.key
             digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
             salts = [int.from_bytes(digest[i : i + 4], "little") >> 1 for i in range(0, 16, 4)]
             return [token ^ salt for token, salt in zip(tokens, salts, strict=False)] + list(tokens[4:])
 
-        def wrap(allocator, mark):
-            allocator.mark_complete_blocks = lambda name, tokens, count: mark(name, seeded(name, tokens), count)
+        def wrap(owner, name):
+            method = getattr(owner, name)
+            setattr(owner, name, lambda id, tokens, *rest: method(id, seeded(id, tokens), *rest))
 
-        search = cache.search_prefix_match
-        cache.search_prefix_match = lambda request_id, prompt: search(request_id, seeded(request_id, prompt))
+        wrap(cache, "search_prefix_match")
         for allocator in cache.cache_allocators.values():
-            wrap(allocator, allocator.mark_complete_blocks)
+            wrap(allocator, "mark_complete_blocks")
