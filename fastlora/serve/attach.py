@@ -23,11 +23,9 @@ class Routed(Chooser):
 
     def forward(self, x):
         batch = selection(self.owner)[0]
-        if batch == ():
-            return super().forward(x)
-        if not torch.compiler.is_compiling():
+        if (batch != () or self._chose is not None) and not torch.compiler.is_compiling():
             self._note_run()
-        if batch.base_only:
+        if batch == () or batch.base_only:
             return super().forward(x)
         route, given = batch.for_layer(x), self.arena
         return lora_routed_op(

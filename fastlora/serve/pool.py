@@ -254,13 +254,21 @@ class AdapterPool:
         if held.slot is not None:
             return
         need = {n: pages_for(len(p.lora_A), p.column is not None) for n, p in held.pairs.items()}
-        idle = sorted((h for h in self._names.values() if h.slot is not None and not (h.leases or h.pinned)),
-                      key=lambda h: h.used)  # fmt: skip
-        while not self._free or any(len(self.arenas[n].free) < pages for n, pages in need.items()):
-            if not idle:
+        free = {n: len(self.arenas[n].free) for n in need}
+        slots, leaving = len(self._free), []
+        idle = iter(sorted((h for h in self._names.values() if h.slot is not None and not (h.leases or h.pinned)),
+                           key=lambda h: h.used))  # fmt: skip
+        while not slots or any(free[n] < pages for n, pages in need.items()):
+            last = next(idle, None)
+            if last is None:
                 raise PoolFull(f"fastlora: no room for adapter {held.name!r}: the others are pinned or in use")
-            self._take_back(idle.pop(0))
-            self.evictions += 1
+            leaving.append(last)
+            slots += 1
+            for n in free.keys() & last.pairs:
+                free[n] += pages_for(len(last.pairs[n].lora_A), last.pairs[n].column is not None)
+        for last in leaving:
+            self._take_back(last)
+        self.evictions += len(leaving)
         held.slot = self._free.pop(0)
         with torch.cuda.stream(self._stream):
             if self._stream:

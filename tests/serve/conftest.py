@@ -56,7 +56,8 @@ def tiny(tmp_path_factory):
     tiny_tokenizer().save_pretrained(root / "model")
     for name, seed in WEIGHTS.items():
         save_adapter(root / "adapters" / name, seed, r=4 * seed)
-    return types.SimpleNamespace(root=root, model=root / "model", adapters=root / "adapters", save_adapter=save_adapter)
+    return types.SimpleNamespace(root=root, model=root / "model", adapters=root / "adapters", save_adapter=save_adapter,
+                                 make=tiny_model)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
