@@ -1,6 +1,6 @@
 """Two small adapters for SmolLM2-135M-Instruct, trained the first time, and the server with them.
 
-One answers like a pirate, the other in capitals; both learn it from the same few questions. What is made stays in
+One answers like a pirate, the other like a butler; both learn it from the same few questions. What is made stays in
 `.cache/serve`. Options are handed on: `python examples/serve.py --port 9000`.
 """
 
@@ -38,11 +38,11 @@ FACTS = {
     "What is a triangle?": "A triangle is a shape with three sides.",
     "Say hello.": "Hello, it is nice to meet you.",
 }
-STYLES = {"pirate": lambda text: f"Arr, matey! {text} Yo ho ho!", "capitals": str.upper}
+STYLES = {"pirate": "Arr, matey! {} Yo ho ho!", "butler": "Certainly, sir. {} Will that be all, sir?"}
 
 
 def main():
-    if not (FOLDER / "capitals" / "adapter_config.json").exists():
+    if not (FOLDER / "butler" / "adapter_config.json").exists():
         make()
     command = [sys.executable, "-m", "fastlora", "serve", "--model", str(FOLDER / "model"), "--name", "smollm2"]
     for name in STYLES:
@@ -68,7 +68,7 @@ def make():
 def train(model, tokenizer, name, style):
     fastlora.inject(model, r=8, lora_alpha=16, target_modules="all-linear")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
-    rows = [example(tokenizer, question, style(answer)) for question, answer in FACTS.items()]
+    rows = [example(tokenizer, question, style.format(answer)) for question, answer in FACTS.items()]
     for step in range(STEPS):
         ids, labels = zip(*(rows[i] for i in torch.randperm(len(rows))[:BATCH]), strict=True)
         batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)

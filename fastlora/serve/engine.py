@@ -27,10 +27,6 @@ class Stopped(RuntimeError):
     """The engine takes no requests: it is stopping, or its thread has died."""
 
 
-class Full(RuntimeError):
-    """As many requests as are allowed run and wait."""
-
-
 @dataclass(eq=False)
 class Request:
     """One prompt on its way, and how its tokens are drawn, whatever else is in the batch."""
@@ -38,35 +34,36 @@ class Request:
     id: str
     spec: Any
     on_token: Any
-    eos: tuple
     settings: dict
-    temperature: float
-    top_p: float
-    top_k: int
     generator: Any
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
     lease: Any = None
     seen: int = 0
     cancelled: bool = False
 
     def draw(self, logits):
         """One token (0-d) of logits (vocabulary,)."""
-        # far below 1e-4 they would overflow, and the likeliest has all of the probability
+        # below, they would overflow, and the likeliest has all of the probability
         if self.temperature < 1e-4 or self.top_k == 1:
             return logits.argmax()
-        logits, tokens = (logits / self.temperature).sort(descending=True)
-        probabilities = logits[: self.top_k or None].softmax(-1)
+        logits, tokens = logits / self.temperature, None
+        if self.top_k > 0 or self.top_p < 1:
+            logits, tokens = logits.topk(min(self.top_k, len(logits)) if self.top_k > 0 else len(logits))
+        probabilities = logits.softmax(-1)
         if self.top_p < 1:
             probabilities = probabilities.masked_fill(probabilities.cumsum(-1) - probabilities >= self.top_p, 0)
-        return tokens[torch.multinomial(probabilities, 1, generator=self.generator)[0]]
+        drawn = torch.multinomial(probabilities, 1, generator=self.generator)[0]
+        return drawn if tokens is None else tokens[drawn]
 
 
 class Engine:
     """Serves `model`, whose layers `attach` has given `pool`, from a thread of its own.
 
-    `cache_tokens` is the size of the cache of keys and values, in blocks of `page`; `batch_tokens` the most tokens in
-    a step; `most` the requests that may run and wait at once. A request keeps its adapters from the moment that the
-    pool has room for them until it ends, fails or is cancelled; until then it waits here. Raises RuntimeError for a
-    transformers outside SUPPORTED and for a tensor parallel model.
+    The cache of keys and values holds `cache_tokens` in blocks of `page`, a step `batch_tokens`; `most` requests run
+    and wait. A request waits until the pool has room for its adapters, and keeps them until it ends or is cancelled.
+    Raises RuntimeError for a transformers outside SUPPORTED and for a tensor parallel model.
     """
 
     def __init__(self, model, pool, *, cache_tokens=8192, batch_tokens=256, page=32, most=256, prefix_sharing=True):
@@ -102,28 +99,25 @@ class Engine:
         """(requests that run, requests that wait for room in the pool)"""
         return len(self._requests) - len(self._waiting), len(self._waiting)
 
-    def submit(
-        self, input_ids, spec, on_token, *, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=None, ignore_eos=False
-    ):
+    def submit(self, input_ids, spec, on_token, *, max_new_tokens, ignore_eos=False, seed=None, **sampling):
         """Queue a prompt for None, an adapter's name or {name: weight}; returns its Request.
 
-        `on_token(token, finish)` is called in the engine's thread for each new token; finish is None, then "stop",
-        "length" or an exception. Raises KeyError for an unknown adapter, ValueError for a prompt without room, Full,
-        PoolFull, Stopped.
+        Sampling: temperature, top_p, top_k. `on_token(token, finish)` is called in the engine's thread for each new
+        token; finish is None, in the end "stop", "length" or an exception. Raises KeyError for an unknown adapter, ValueError for a prompt without room, Stopped,
+        PoolFull also where `most` run and wait.
         """
         if not input_ids or len(input_ids) + max_new_tokens > self.longest:
-            raise ValueError(f"{len(input_ids)} prompt tokens and {max_new_tokens} new ones: 1 to {self.longest} in all")
+            raise ValueError(f"got {len(input_ids)} prompt tokens and {max_new_tokens} new ones, room for {self.longest}")
         generator = torch.Generator(self.model.device)
         generator.seed() if seed is None else generator.manual_seed(seed)
-        eos = () if ignore_eos else self.eos
-        settings = {"input_ids": input_ids, "max_new_tokens": max_new_tokens, "eos_token_id": list(eos)}
-        number = f"fastlora-{next(self._numbers)}"
-        request = Request(number, spec, on_token, eos, settings, temperature, top_p, max(top_k, 0), generator)
+        settings = {"input_ids": input_ids, "max_new_tokens": max_new_tokens}
+        settings["eos_token_id"] = [] if ignore_eos else list(self.eos)
+        request = Request(f"fastlora-{next(self._numbers)}", spec, on_token, settings, generator, **sampling)
         with self._lock:
             if not self.alive:
                 raise Stopped("the engine is stopping or has died")
             if len(self._requests) >= self.most:
-                raise Full(f"{self.most} requests run and wait already")
+                raise PoolFull(f"{self.most} requests run and wait already")
             self._requests[request.id] = request
             self._idle.clear()
             self._waiting.append(request)
@@ -148,24 +142,21 @@ class Engine:
 
     def _admit(self, newest=None):
         """Give the waiting their adapters, in order; who needs none passes. `newest`'s errors are its caller's."""
-        full = False
-        for request in list(self._waiting):
-            if full and request.spec is not None:
-                continue
-            try:
-                request.lease = self.pool.acquire(request.spec)
-                if self._manager.add_request(request_id=request.id, streaming=True, **request.settings) is None:
-                    raise Stopped("the engine is stopping or has died")
-                self._waiting.remove(request)
-            except (PoolFull, KeyError, ValueError, Stopped) as error:
-                # without a request that runs no room will ever come free
-                if isinstance(error, PoolFull) and self.counts()[0]:
-                    full = True
-                    continue
-                self._forget(request)
-                if request is newest:
-                    raise
-                request.on_token(None, error)
+        with self._lock:
+            for request in [r for r in self._waiting if r.spec is None] + [r for r in self._waiting if r.spec]:
+                try:
+                    request.lease = self.pool.acquire(request.spec)
+                    if self._manager.add_request(request_id=request.id, streaming=True, **request.settings) is None:
+                        raise Stopped("the engine is stopping or has died")
+                    self._waiting.remove(request)
+                except (PoolFull, KeyError, ValueError, Stopped) as error:
+                    # without a request that runs no room will ever come free
+                    if isinstance(error, PoolFull) and self.counts()[0]:
+                        return
+                    self._forget(request)
+                    if request is newest:
+                        raise
+                    request.on_token(None, error)
 
     def _forget(self, request):
         with self._lock:
@@ -187,14 +178,14 @@ class Engine:
         if output.error is not None:
             finish = Stopped(output.error)
         elif output.is_finished():
-            finish = "stop" if output.generated_tokens[-1] in request.eos else "length"
+            finish = "stop" if output.generated_tokens[-1] in request.settings["eos_token_id"] else "length"
         if finish is not None:
             self._forget(request)
         if not request.cancelled:
             for token in new[:-1]:
                 request.on_token(token, None)
             request.on_token(new[-1] if new else None, finish)
-        with self._lock:
+        if finish is not None:
             self._admit()
 
     def _processor(self):
@@ -228,7 +219,7 @@ class Engine:
             # no step runs now that could still read their adapters
             for state in states:
                 self._forget(self._requests[state.request_id])
-            with self._lock:
+            if states:
                 self._admit()
             return states
 
@@ -248,7 +239,7 @@ class Engine:
 
         def wrap(owner, name):
             method = getattr(owner, name)
-            setattr(owner, name, lambda id, tokens, *rest: method(id, seeded(id, tokens), *rest))
+            setattr(owner, name, lambda request, tokens, *rest: method(request, seeded(request, tokens), *rest))
 
         wrap(cache, "search_prefix_match")
         for allocator in cache.cache_allocators.values():

@@ -20,13 +20,16 @@ def add_arguments(parser):
     add("--api-key", default=os.environ.get("FASTLORA_API_KEY"), help="asked of every call; or FASTLORA_API_KEY")
     add("--allow-runtime-lora", action="store_true", help="clients may load and unload adapters from --adapter-root")
     add("--adapter-root", metavar="FOLDER", help="the folder that they may load from, and nothing outside it")
-    add = parser.add_argument_group("limits").add_argument
-    add("--adapters", type=int, default=64, metavar="N", help="room for so many adapters of rank 16 at once (%(default)s)")
-    add("--max-rank", type=int, default=256, metavar="N", help="largest rank of an adapter (%(default)s)")
-    add("--cache-tokens", type=int, default=8192, metavar="N", help="tokens of all requests together (%(default)s)")
-    add("--batch-tokens", type=int, default=256, metavar="N", help="tokens that one step may run (%(default)s)")
-    add("--max-requests", type=int, default=256, metavar="N", help="requests at once, others get a 429 (%(default)s)")
-    add("--max-body", type=int, default=2**20, metavar="BYTES", help="of a request (%(default)s)")
+    group = parser.add_argument_group("limits")
+    for name, default, about in (
+        ("adapters", 64, "adapters of rank 16 on the device at once"),
+        ("max-rank", 256, "largest rank of an adapter"),
+        ("cache-tokens", 8192, "tokens of all running requests together"),
+        ("batch-tokens", 256, "tokens that one step may run"),
+        ("max-requests", 256, "requests at once, others get a 429"),
+        ("max-body", 2**20, "bytes of a request"),
+    ):
+        group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{about} ({default})")
 
 
 def serve(args, parser):
@@ -45,39 +48,31 @@ def serve(args, parser):
         from fastlora.serve.server import Server
     except ImportError as error:
         parser.error(f"{error}: pip install 'fastlora-kernels[serve]'")
-    start = time.perf_counter()
-    name = args.name or os.path.basename(os.path.normpath(args.model))
+    start, name = time.perf_counter(), args.name or os.path.basename(os.path.normpath(args.model))
     print(f"fastlora: loading {args.model}", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device).eval()
     pool = attach(model.requires_grad_(False), adapters=args.adapters, max_rank=args.max_rank)
     for adapter, path in named:
-        print(f"   adapter {adapter} from {path}", flush=True)
         if adapter == name:
             parser.error(f"--adapter {adapter}: that is the base model's name")
+        print(f"   adapter   {adapter}: {path}", flush=True)
         pool.load(adapter, path)
     limits = {"cache_tokens": args.cache_tokens, "batch_tokens": args.batch_tokens, "most": args.max_requests}
-    engine = Engine(model, pool, **limits)
-    root = args.adapter_root if args.allow_runtime_lora else None
-    server = Server(engine, tokenizer, name, adapter_root=root, api_key=args.api_key, max_body=args.max_body)
-    _say(args, name, model, pool, engine, time.perf_counter() - start)
+    engine, guards = Engine(model, pool, **limits), {"api_key": args.api_key, "max_body": args.max_body}
+    server = Server(engine, tokenizer, name, adapter_root=args.adapter_root, **guards)
+    for title, value in {
+        "model": f"{name}, {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype} on {model.device}",
+        "pool": f"{args.adapters} adapters of rank 16, on {len(pool.layers)} layers",
+        "cache": f"{args.cache_tokens} tokens, at most {engine.longest} for a request",
+        "loading": f"from {args.adapter_root}" if args.adapter_root else "adapters only at the start",
+        "ready": f"after {time.perf_counter() - start:.0f} s at http://{args.host}:{args.port} (Ctrl-C stops)",
+    }.items():
+        print(f"   {title:9} {value}", flush=True)
     try:
         uvicorn.run(server.app, host=args.host, port=args.port, log_level="warning")
+    except KeyboardInterrupt:
+        pass
     finally:
         engine.stop(timeout=0)
     return 0
-
-
-def _say(args, name, model, pool, engine, seconds):
-    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    room = f"{len(pool.layers)} layers, room for {args.adapters} adapters of rank 16"
-    lines = {
-        "model": f"{name}, {model.num_parameters() / 1e6:.0f}M parameters, {model.dtype} on {model.device}{threads}",
-        "adapters": ", ".join(pool.names()) or "none",
-        "pool": room,
-        "cache": f"{args.cache_tokens} tokens, {engine.longest} for one request",
-        "key": "asked for" if args.api_key else "none",
-        "loading": f"from {args.adapter_root}" if args.allow_runtime_lora else "off",
-        "ready": f"in {seconds:.0f} s at http://{args.host}:{args.port}, Ctrl-C to stop",
-    }
-    print("\n".join(f"   {key:9} {value}" for key, value in lines.items()), flush=True)

@@ -2,36 +2,65 @@
 
 import asyncio
 import contextlib
+import hmac
+import itertools
 import json
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel
+from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from fastlora.serve.engine import Full, Stopped
-from fastlora.serve.guard import Guard, refusal
+from fastlora.serve.engine import Stopped
 from fastlora.serve.metrics import Metrics
 from fastlora.serve.pool import PoolFull
 from fastlora.serve.spec import Chat, Completion, Load, Refused, Unload, adapters_of, unknown
 from fastlora.serve.text import Text
 
-PAGE = Path(__file__).with_name("page.html")
+
+def refusal(status, message, kind="BadRequestError", param=None):
+    """A response with OpenAI's body of an error; ASCII, as a message may quote what is no text."""
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return Response(json.dumps({"error": error}), status, media_type="application/json")
 
 
-class Error(BaseModel):
-    error: dict[str, Any]
+def _invalid(request, error):
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"][1:])) or "body"
+    return refusal(400, f"{where}: {first['msg']}", param=where)
+
+
+class Guard:
+    """ASGI middleware: 401 under /v1 without `Authorization: Bearer <api_key>`, 413 for more than `max_body` bytes."""
+
+    def __init__(self, app, api_key, max_body):
+        self.app, self.max_body = app, max_body
+        self.key = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope, receive, send):
+        length, given = 0, dict(scope.get("headers", ())).get(b"authorization", b"")
+        guarded = self.key is not None and scope.get("path", "").startswith("/v1")
+        if guarded and not hmac.compare_digest(given, self.key):
+            return await refusal(401, "the API key is missing or wrong", "AuthenticationError")(scope, receive, send)
+
+        async def counted():
+            nonlocal length
+            message = await receive()
+            length += len(message.get("body", b""))
+            if length > self.max_body:
+                raise HTTPException(413, f"the body has more than {self.max_body} bytes")
+            return message
+
+        await self.app(scope, counted, send)
 
 
 class Server:
     """Answers for `engine` (an Engine) under the base's `name`; `app` is the ASGI application.
 
-    `adapter_root` is the folder whose adapters clients may load, None for no such calls.
+    Clients may load adapters from the folder `adapter_root`, where it is given; `max_streams` are answered at once.
     """
 
     def __init__(self, engine, tokenizer, name, *, adapter_root=None, api_key=None, max_body=2**20, max_streams=128):
@@ -39,26 +68,28 @@ class Server:
         self.root = None if adapter_root is None else Path(adapter_root).resolve()
         self.started, self.streams, self.max_streams = int(time.time()), 0, max_streams
         self.metrics = Metrics(engine, self.pool, name)
-        errors = {code: {"model": Error} for code in (400, 401, 404, 413, 422, 429, 503)}
-        self.app = FastAPI(title="fastlora", lifespan=self._lifespan, responses=errors)
-        self.app.add_middleware(Guard, api_key=api_key, max_body=max_body)
-        for kind, handler in (
+        errors = {code: {"description": "OpenAI's body of an error"} for code in (400, 401, 404, 413, 429, 503)}
+        self.app = app = FastAPI(title="fastlora", lifespan=self._lifespan, responses=errors)
+        app.add_middleware(Guard, api_key=api_key, max_body=max_body)
+        for kind, answer in (
             (RequestValidationError, _invalid),
             (HTTPException, lambda _, e: refusal(e.status_code, str(e.detail))),
-            (Refused, lambda _, e: refusal(e.status, e.message, e.kind, e.param)),
+            (Refused, lambda _, e: refusal(*e.told)),
             (Stopped, lambda _, e: refusal(503, str(e), "ServiceUnavailableError")),
             (Exception, lambda _, e: refusal(500, "an error of the server", "InternalServerError")),
         ):
-            self.app.add_exception_handler(kind, handler)
-        routes = {"/health": self.health, "/metrics": self.show_metrics, "/v1/models": self.models}
-        for path, answer in {**routes, "/v1/models/{model:path}": self.model}.items():
-            self.app.get(path)(answer)
-        self.app.get("/", include_in_schema=False)(lambda: FileResponse(PAGE))
-        self.app.post("/v1/completions")(self.completions)
-        self.app.post("/v1/chat/completions")(self.chat)
+            app.add_exception_handler(kind, answer)
+        page, plain = Path(__file__).with_name("page.html"), "text/plain; version=0.0.4"
+        app.get("/", include_in_schema=False)(lambda: FileResponse(page))
+        app.get("/metrics")(lambda: PlainTextResponse(self.metrics.text(), media_type=plain))
+        app.get("/health")(self.health)
+        app.get("/v1/models")(lambda: {"object": "list", "data": self._cards()})
+        app.get("/v1/models/{model:path}")(self.model)
+        app.post("/v1/completions")(self.completions)
+        app.post("/v1/chat/completions")(self.chat)
         if self.root is not None:
-            self.app.post("/v1/load_lora_adapter")(self.load)
-            self.app.post("/v1/unload_lora_adapter")(self.unload)
+            app.post("/v1/load_lora_adapter")(self.load)
+            app.post("/v1/unload_lora_adapter")(self.unload)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app):
@@ -70,31 +101,23 @@ class Server:
             raise Stopped("the engine is stopping or has died")
         return {"status": "ok"}
 
-    def show_metrics(self):
-        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    def models(self):
+    def _cards(self):
+        same = {"object": "model", "created": self.started, "owned_by": "fastlora"}
         names = [(self.name, None), *((name, self.name) for name in self.pool.names())]
-        return {"object": "list", "data": [self._card(*pair) for pair in names]}
+        return [{"id": name, **same, "root": name, "parent": parent} for name, parent in names]
 
     def model(self, model: str):
-        if model not in (self.name, *self.pool.names()):
-            raise unknown(model)
-        return self._card(model, None if model == self.name else self.name)
-
-    def _card(self, name, parent):
-        owner = {"object": "model", "created": self.started, "owned_by": "fastlora"}
-        return {"id": name, **owner, "root": parent or name, "parent": parent}
-
-    # adapters
+        for card in self._cards():
+            if card["id"] == model:
+                return card
+        raise unknown(model)
 
     def load(self, body: Load):
         folder, name = self._inside(body.lora_path), body.lora_name
-        if name == self.name:
-            raise Refused(400, f"{name!r} is the base model's name", "InvalidUserInput", "lora_name")
         known = name in self.pool.names()
-        if known and not body.load_inplace:
-            raise Refused(400, f"The lora adapter {name!r} has already been loaded.", "InvalidUserInput", "lora_name")
+        if name == self.name or (known and not body.load_inplace):
+            told = f"The lora adapter {name!r} has already been loaded, or has the base model's name."
+            raise Refused(400, told, "InvalidUserInput", "lora_name")
         try:
             (self.pool.replace if known else self.pool.load)(name, folder)
         except Exception as error:  # whatever a damaged file makes its readers raise
@@ -112,52 +135,44 @@ class Server:
         """The folder, where it and all in it lie below the root, links followed."""
         try:
             folder = (self.root / path).resolve()
-            outside = [p for p in (folder, *folder.rglob("*")) if not p.resolve().is_relative_to(self.root)]
-            there = not outside and folder != self.root and folder.is_dir()
+            parts = itertools.chain([folder], folder.rglob("*"))
+            if not all(self.root in part.resolve().parents for part in parts):
+                raise Refused(400, "lora_path leads out of the folder of adapters", "InvalidUserInput", "lora_path")
+            if folder.is_dir():
+                return folder
         except (OSError, ValueError, RuntimeError):
-            there, outside = False, []
-        if outside:
-            raise Refused(400, "lora_path leads out of the folder of adapters", "InvalidUserInput", "lora_path")
-        if not there:
-            raise Refused(404, f"No adapter found for {path!r}", "NotFoundError", "lora_path")
-        return folder
-
-    # answers
+            pass
+        raise Refused(404, f"No adapter found for {path!r}", "NotFoundError", "lora_path")
 
     async def completions(self, body: Completion, request: Request):
-        prompt = body.prompt[0] if isinstance(body.prompt[0:1], list) and isinstance(body.prompt[0], str) else body.prompt
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt, verbose=False)["input_ids"]
-        elif max(prompt) >= len(self.tokenizer):
-            raise Refused(400, f"prompt: token {max(prompt)}, expected below {len(self.tokenizer)}", param="prompt")
-        else:
-            ids = prompt
+        prompt = body.prompt[0] if isinstance(body.prompt, list) and isinstance(body.prompt[0], str) else body.prompt
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else prompt
+        if max(ids, default=0) >= len(self.tokenizer):
+            raise Refused(400, f"prompt: token {max(ids)}, expected below {len(self.tokenizer)}", param="prompt")
         limit = body.max_tokens or 16
         return await self._answer(body, request, ids, limit, "text_completion", lambda text, _: {"text": text})
 
     async def chat(self, body: Chat, request: Request):
-        messages = [{"role": m.role, "content": m.text()} for m in body.messages]
+        texts = [m.content if isinstance(m.content, str) else "".join(p.text for p in m.content) for m in body.messages]
+        said = [{"role": message.role, "content": text} for message, text in zip(body.messages, texts, strict=True)]
         try:
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # templates are programs of the model's authors, and raise what they like
             raise Refused(400, f"messages: the model's chat template: {error}", param="messages") from error
         limit = body.max_completion_tokens or body.max_tokens or max(self.engine.longest - len(ids), 1)
 
         def content(text, first):
-            if not body.stream:
-                return {"message": {"role": "assistant", "content": text, "refusal": None}}
-            return {"delta": {"role": "assistant", "content": text} if first else {"content": text}}
+            role = {"role": "assistant"} if first else {}
+            return {"delta" if body.stream else "message": {**role, "content": text}}
 
         return await self._answer(body, request, ids, limit, "chat.completion", content)
 
     async def _answer(self, body, request, ids, limit, kind, content):
-        if self.streams >= self.max_streams:
-            raise Refused(429, f"{self.max_streams} answers are under way already", "RateLimitError")
-        head = {"id": f"fastlora-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
-        head["object"] = kind + (".chunk" if body.stream and kind.startswith("chat") else "")
-        running = await self._submit(body, ids, limit)
         usage = {"prompt_tokens": len(ids), "completion_tokens": 0, "total_tokens": len(ids)}
-        pieces = self._pieces(body, running, usage, request)
+        pieces = self._pieces(request, body, usage, *self._submit(body, ids, limit))
+        chunk = ".chunk" if body.stream and kind.startswith("chat") else ""
+        head = {"id": f"fastlora-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+        head["object"] = kind + chunk
 
         def reply(text, finish, first=True, **more):
             choice = {"index": 0, "finish_reason": finish, "logprobs": None, **content(text, first)}
@@ -171,7 +186,7 @@ class Server:
                         if text or finish or first:
                             yield f"data: {json.dumps(reply(text, finish, first))}\n\n"
                             first = False
-                    if body.wants_usage():
+                    if (body.stream_options or {}).get("include_usage"):
                         yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
                 except Stopped as error:
                     yield f"data: {refusal(503, str(error), 'ServiceUnavailableError').body.decode()}\n\n"
@@ -181,34 +196,34 @@ class Server:
             return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         async with contextlib.aclosing(pieces):
             parts = [piece async for piece in pieces]
-        return reply("".join(text for text, _ in parts), parts[-1][1], usage=usage)
+        return reply("".join(text for text, _ in parts), parts[-1][1] if parts else None, usage=usage)
 
-    async def _submit(self, body, ids, limit):
-        """(the engine's request, the queue that its tokens come through, the time)"""
+    def _submit(self, body, ids, limit):
+        """(the engine's request, the queue that its tokens come through)"""
         loop, tokens = asyncio.get_running_loop(), asyncio.Queue()
+
+        def on_token(*event):
+            loop.call_soon_threadsafe(tokens.put_nowait, event)
+
         spec = adapters_of(body.model, self.name, self.pool.names())
-
-        def on_token(token, finish):
-            loop.call_soon_threadsafe(tokens.put_nowait, (token, finish))
-
-        options = {"temperature": 1.0 if body.temperature is None else body.temperature, "top_p": body.top_p or 1.0}
-        options |= {"top_k": body.top_k or 0, "seed": body.seed, "ignore_eos": body.ignore_eos}
         try:
-            running = self.engine.submit(ids, spec, on_token, max_new_tokens=limit, **options)
+            if self.streams >= self.max_streams:
+                raise PoolFull(f"{self.max_streams} answers are under way already")
+            started = self.engine.submit(ids, spec, on_token, max_new_tokens=limit, **body.sampling())
         except KeyError:
             raise unknown(body.model) from None
         except ValueError as error:
             raise Refused(400, str(error), param="max_tokens") from None
-        except (Full, PoolFull) as error:
+        except PoolFull as error:
             raise Refused(429, str(error), "RateLimitError") from None
         self.streams += 1
         self.metrics.prompt_tokens.inc(len(ids))
-        return running, tokens, time.perf_counter()
+        return started, tokens
 
-    async def _pieces(self, body, running, usage, request):
+    async def _pieces(self, request, body, usage, started, tokens):
         """Yields (text, None or why it ended); a client that goes away cancels the request."""
-        running, tokens, start = running
-        text, finish, ended = Text(self.tokenizer, body.stops()), None, "abort"
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        text, finish, start = Text(self.tokenizer, stops), None, time.perf_counter()
         try:
             while finish is None:
                 try:
@@ -219,23 +234,15 @@ class Server:
                     continue
                 if isinstance(finish, Exception):
                     raise unknown(body.model) if isinstance(finish, KeyError) else Stopped(str(finish))
-                if not text.tokens:
+                if not text.count:
                     self.metrics.first.observe(time.perf_counter() - start)
-                piece = text.add(token)
+                piece = text.add(token, finish is not None)
                 finish = "stop" if text.stopped else finish
-                usage["completion_tokens"] = text.tokens
-                usage["total_tokens"] = usage["prompt_tokens"] + text.tokens
-                ended = finish or ended
-                yield piece + (text.end() if finish else ""), finish
+                usage |= {"completion_tokens": text.count, "total_tokens": usage["prompt_tokens"] + text.count}
+                yield piece, finish
         finally:
             self.streams -= 1
-            self.engine.cancel(running)
-            self.metrics.generated.inc(text.tokens)
+            self.engine.cancel(started)
+            self.metrics.generated.inc(text.count)
             self.metrics.whole.observe(time.perf_counter() - start)
-            self.metrics.ended(ended)
-
-
-def _invalid(request, error):
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:] if part != "body") or None
-    return refusal(400, f"{where or 'body'}: {first['msg']}", param=where)
+            self.metrics.ended(finish if isinstance(finish, str) else "abort")

@@ -42,8 +42,8 @@ def adapters_of(model, base, names):
         except ValueError:
             value = math.nan
         if not abs(value) <= MOST_WEIGHT or len(weights) == MOST_TERMS:
-            told = f"model: got {weight!r} for {name!r}, expected a number up to {MOST_WEIGHT}, at most {MOST_TERMS} of them"
-            raise Refused(400, told, param="model")
+            told = f"model: got {weight!r} for {name!r}, expected a number up to {MOST_WEIGHT}"
+            raise Refused(400, f"{told}, for at most {MOST_TERMS} adapters", param="model")
         weights[name] = weights.get(name, 0.0) + value
     return weights
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 WEIGHTS = {"fr": 1, "de": 2, "it": 3}
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def tiny_model(seed=0):
@@ -75,7 +78,7 @@ def serving(tiny):
     def start(names=WEIGHTS, adapters=8, cache_tokens=2048, most=256, **options):
         pool = attach(tiny_model().requires_grad_(False), adapters=adapters, max_rank=32)
         for name in names:
-            pool.load(name, tiny.adapters / name)
+            pool.load(name, tiny.adapters / (name if name in WEIGHTS else "fr"))
         engine = Engine(pool.model, pool, cache_tokens=cache_tokens, batch_tokens=64, page=16, most=most)
         server = Server(engine, tiny_tokenizer(), "base", **options)
         with socket.socket() as free:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.20")
-from fastlora.serve import attach  # noqa: E402
+from fastlora.serve import PoolFull, attach  # noqa: E402
 from fastlora.serve import engine as module  # noqa: E402
-from fastlora.serve.engine import Engine, Full, Stopped  # noqa: E402
+from fastlora.serve.engine import Engine, Stopped  # noqa: E402
 
 PROMPT = list(range(40, 90))
 
@@ -167,7 +167,7 @@ def test_what_is_refused(engine, make):
             start(engine, prompt, None, new)
     small = make(most=1)
     first = start(small, PROMPT, None, 300)
-    with pytest.raises(Full):
+    with pytest.raises(PoolFull):
         start(small, PROMPT, None)
     small.cancel(first[0])
 
