@@ -71,11 +71,13 @@ class _Adapters:
     def __call__(self, slot):
         e, dtype = slot - self.S, self.x.dtype
         if e < 0:
-            A, B, table, ranks, scales, columns = self.pages[:6]
-            r = int(ranks[slot])
-            page = table[slot, : -(-r // 8)].long()
+            A, B, table, ranks, scales, columns, *host = self.pages
+            if host:
+                ranks, columns, table = host[0][:, 0], host[0][:, 1], host[0][:, 2:]
+            r, column = int(ranks[slot]), int(columns[slot])
+            page = table[slot, : -(-r // 8)].to(A.device, torch.int64)
             a, b = A[page].transpose(0, 1).flatten(1, 2)[:, :r], B[page].flatten(0, 1)[:r]
-            d = B[int(columns[slot]), 0] if columns[slot] >= 0 else None
+            d = B[column, 0] if column >= 0 else None
             scale = scales[slot]
         else:
             a, b, scale = self.A[e].unflatten(0, (self.k, self.B[e].shape[1])), self.B[e].T, self.scales[e]
@@ -93,6 +95,8 @@ def _expand(z, b, slices):
 
 def lora_routed_forward_reference(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
     offsets, slots, order, _, plan = route
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("fastlora: lora_routed: a captured graph would keep this batch's lists; pin 'triton'")
     adapters, x2 = _Adapters(x, lora_A, lora_B, scaling, column_scale, slices, pages), flat(x)
     z = x2.new_zeros(len(slots), adapters.k, _rank_rows(lora_B, pages), dtype=wide(x))
     v = F.linear(x2, weight).to(z.dtype)
