@@ -9,12 +9,13 @@ import torch
 from fastlora.nn.bank import Chooser
 from fastlora.nn.convert import change_class, check_convertible, dense_weight
 from fastlora.nn.linear import lora_class
-from fastlora.nn.switch import selected, selection
+from fastlora.nn.switch import selection
 from fastlora.ops import check
 from fastlora.ops.routed import lora_routed_op
 from fastlora.serve.batch import Batch
 from fastlora.serve.pool import AdapterPool
 
+# model -> (its pool, which refers to it, weakly; hooks)
 _attached = weakref.WeakKeyDictionary()
 
 
@@ -28,10 +29,8 @@ class Routed(Chooser):
         if batch == () or batch.base_only:
             return super().forward(x)
         route, given = batch.for_layer(x), self.arena
-        return lora_routed_op(
-            x, dense_weight(self), given.lora_A, given.lora_B, given.scaling, self.bias, route.tensors, route.gates, (),
-            (), given.tensors,
-        )  # fmt: skip
+        own = given.own_of(batch.used)
+        return lora_routed_op(x, dense_weight(self), *own, self.bias, route.tensors, route.gates, (), (), given.tensors)
 
 
 def attach(model, pool=None, **options):
@@ -54,13 +53,14 @@ def attach(model, pool=None, **options):
              model.register_forward_hook(functools.partial(_leave, pool), always_call=True)]  # fmt: skip
     if hasattr(model, "generate"):
         model.generate = functools.partial(_generate, weakref.ref(model), model.generate)
-    _attached[model] = pool, hooks
+    _attached[model] = weakref.ref(pool), hooks
     return pool
 
 
 def detach(model):
     """Make an attached model plain again; its pool keeps its adapters."""
     pool, hooks = _attached.pop(model)
+    pool = pool()
     for hook in hooks:
         hook.remove()
     vars(model).pop("generate", None)
@@ -78,14 +78,14 @@ def adapters(model, specs):
     activation checkpointing pass `context_fn=fastlora.checkpoint_context`. Raises what `AdapterPool.acquire` does.
     """
     check.value(model in _attached, "model", f"a {type(model).__name__} that is not attached", "one after serve.attach")
-    pool = _attached[model][0]
+    pool = _attached[model][0]()
     with contextlib.ExitStack() as stack:
         lists = []
         for spec in specs:
             lease = pool.acquire(spec)
             stack.callback(lease.release)
             lists.append(lease.entries)
-        stack.enter_context(selected(pool, Batch(lists, pool.device)))
+        stack.enter_context(pool.running(Batch(lists, pool.device)))
         yield
 
 

@@ -5,6 +5,10 @@ import numpy as np
 from fastlora.ops import Route, check
 
 
+def slots_of(lists):
+    return {slot for entries in lists for slot, _ in entries}
+
+
 class Batch:
     """Rows of a batch, each with its list of (slot, weight); x is (rows · n, tokens, …), n beams or copies of each row.
 
@@ -14,7 +18,7 @@ class Batch:
 
     def __init__(self, lists, device):
         self.lists, self.device, self._mask, self._routes = lists, device, None, {}
-        self.base_only = not any(lists)
+        self.base_only, self.used = not any(lists), slots_of(lists)
 
     def look_at(self, mask):
         """Heed an attention mask (rows, tokens) from now on; None: every token is one."""
@@ -49,7 +53,7 @@ class Packed:
 
     def __init__(self, lists, rows, device, kept=()):
         self.route = Route.from_rows(lists, rows, device)
-        self.base_only, self.kept, self._last = self.route.base_only, kept, None
+        self.base_only, self.used, self.kept, self._last = self.route.base_only, slots_of(lists), kept, None
 
     def for_layer(self, x):
         tokens = x.shape[:-1].numel()

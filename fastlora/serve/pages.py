@@ -32,17 +32,28 @@ class Arena:
         self.pages = Pages(A, B, table, ranks, scales, columns, None if on_host else self.host)
         self.tensors = [t for t in self.pages if t is not None]
         self.page_bytes = A[0].nbytes + B[0].nbytes
-        self.lora_A, self.lora_B, self.scaling = (), (), torch.ones(0, device=device)
+        # lora_A, lora_B and scaling of the pairs, replaced at once: forwards of other threads read them
+        self.own = (), (), torch.ones(0, device=device)
+        self._none = A.new_empty(0, inner), A.new_empty(out, 0)
 
     def set_pair(self, e, adapter):
         """Make pair e this TaskAdapter's, or one of rank 0 (None)."""
-        weight = dense_weight(self.module)
-        none = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
-        a, b = (adapter.lora_A, adapter.lora_B) if adapter else none
-        scale = adapter.scaling.to(weight.device) if adapter else torch.ones((), device=weight.device)
-        self.lora_A = (*self.lora_A[:e], a, *self.lora_A[e + 1 :])
-        self.lora_B = (*self.lora_B[:e], b, *self.lora_B[e + 1 :])
-        self.scaling = torch.cat([self.scaling[:e], scale.view(1), self.scaling[e + 1 :]])
+        a, b = (adapter.lora_A, adapter.lora_B) if adapter else self._none
+        device = self.module.weight.device
+        scale = adapter.scaling.to(device) if adapter else torch.ones((), device=device)
+        A, B, scales = self.own
+        scales = torch.cat([scales[:e], scale.view(1), scales[e + 1 :]])
+        self.own = (*A[:e], a, *A[e + 1 :]), (*B[:e], b, *B[e + 1 :]), scales
+
+    def own_of(self, used):
+        """`own`, with a pair of rank 0, so a gradient of None, for each that is not among the used slots."""
+        A, B, scales = self.own
+        kept = [len(self.host) + e in used for e in range(len(A))]
+        if all(kept):
+            return A, B, scales
+        a, b = self._none
+        kept_A = [t if keep else a for t, keep in zip(A, kept, strict=True)]
+        return kept_A, [t if keep else b for t, keep in zip(B, kept, strict=True)], scales
 
     def write(self, slot, lora_A, lora_B, scale, column):
         """Give a slot an adapter: lora_A (r, in), lora_B (out, r), DoRA's c − 1 (out) or None."""

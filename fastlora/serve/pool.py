@@ -91,15 +91,15 @@ class AdapterPool:
         """Load an adapter from a folder in PEFT's format or tensors by name; `unsafe` also takes pickled .bin files.
 
         Raises ValueError, with the pool as it was, for a name that is taken or not allowed, a file that is damaged or
-        of another model, NaN, a rank above max_rank, an adapter larger than the pool.
+        of another model, NaN, a rank above max_rank, an adapter larger than the pool; with `pin`, PoolFull.
         """
         self._check_name(name)
         held = self._read(name, source, unsafe)
         with self._lock:
             self._check_name(name)
-            self._names[name] = held
-        if pin:
-            self.pin(name)
+            if pin:
+                self._place(held)
+            held.pinned, self._names[name] = pin, held
 
     def replace(self, name, source, *, unsafe=False):
         """Load another adapter under a name that is in use: requests that run finish on the old one."""
@@ -107,10 +107,16 @@ class AdapterPool:
         with self._lock:
             old = self._get(name)
             check.value(old.trained is None, "name", f"{name!r}, which is being trained", "a loaded adapter")
+            if old.pinned:
+                # the old one may make room, where no request uses it
+                old.pinned, held.pinned, old.used = False, True, 0
+                try:
+                    self._place(held)
+                except PoolFull:
+                    old.pinned = True
+                    raise
             self._names[name] = held
             self._forget(old)
-            if old.pinned:
-                self.pin(name)
 
     def unload(self, name):
         """Forget a name at once; its pages are free when the last request that uses it ends."""
@@ -170,6 +176,9 @@ class AdapterPool:
 
     def running(self, batch):
         """Context manager: this thread's forwards run this batch."""
+        if self._stream and not torch.cuda.is_current_stream_capturing():
+            # the thread that acquired may have waited for the copies in another stream
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
         return selected(self, batch)
 
     def create(self, name, r, lora_alpha=None, target_modules=None):
@@ -249,6 +258,10 @@ class AdapterPool:
             self._free.append(held.slot)
         held.slot = None
 
+    @staticmethod
+    def _idle(held):
+        return held.slot is not None and not (held.leases or held.pinned or held.trained)
+
     def _place(self, held):
         held.used = next(self._clock)
         if held.slot is not None:
@@ -256,8 +269,7 @@ class AdapterPool:
         need = {n: pages_for(len(p.lora_A), p.column is not None) for n, p in held.pairs.items()}
         free = {n: len(self.arenas[n].free) for n in need}
         slots, leaving = len(self._free), []
-        idle = iter(sorted((h for h in self._names.values() if h.slot is not None and not (h.leases or h.pinned)),
-                           key=lambda h: h.used))  # fmt: skip
+        idle = iter(sorted((h for h in self._names.values() if self._idle(h)), key=lambda h: h.used))
         while not slots or any(free[n] < pages for n, pages in need.items()):
             last = next(idle, None)
             if last is None:

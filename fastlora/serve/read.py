@@ -31,7 +31,10 @@ def read(model, layers, source, max_rank, dtype, unsafe):
         check.value(name in layers, name, "an adapter", f"one on a dense linear layer ({len(layers)} of them here)")
         check.value(planned.r <= max_rank, name, f"rank {planned.r}", f"at most max_rank = {max_rank}")
         A, B, column = planned.lora_A.float(), planned.lora_B.float(), None
-        scale = float(planned.lora_alpha) / planned.r
+        alpha = planned.lora_alpha
+        known = isinstance(alpha, (int, float)) and abs(alpha) < 1e30
+        check.value(known, name, f"lora_alpha {alpha!r:.20}", "a finite number")
+        scale = float(alpha) / planned.r
         if name in magnitudes:
             weight = dense_weight(layers[name]).float().cpu()
             column = magnitudes[name].float().flatten() / (weight + scale * B @ A).norm(dim=1) - 1

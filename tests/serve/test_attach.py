@@ -100,7 +100,7 @@ def test_training_together_equals_apart(attached):
 
     loss([0, 1, 2, 3], ["new0", "new1", "new2", "new3"]).backward()
     together = [[p.grad for p in adapter] for adapter in made]
-    assert all(grad is None or not grad.any() for grad in together[4])
+    assert all(grad is None for grad in together[4])
     for i in range(4):
         apart = torch.autograd.grad(loss([i], [f"new{i}"]), made[i])
         for got, expected in zip(together[i], apart, strict=True):

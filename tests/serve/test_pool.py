@@ -223,3 +223,33 @@ def test_pickles_only_on_request(tiny, pool, tmp_path):
         pool.load("pickled", tmp_path)
     pool.load("pickled", tmp_path, unsafe=True)
     torch.testing.assert_close(image(pool, pool.acquire("pickled").entries[0][0]), delta(source))
+
+
+def test_what_finds_no_room_is_not_there(tiny, pool):
+    """`load(pin=True)` and `replace` of a pinned adapter that is in use leave the pool as it was."""
+    pool.load("big", _tensors(16), pin=True)
+    lease = pool.acquire("big")
+    before = used(pool)
+    with pytest.raises(serve.PoolFull):
+        pool.load("new", _tensors(24), pin=True)
+    with pytest.raises(serve.PoolFull):
+        pool.replace("big", _tensors(24))
+    assert used(pool) == before and pool.acquire("big").key == lease.key
+    with pytest.raises(KeyError):
+        pool.acquire("new")
+
+
+def test_a_pinned_adapter_makes_room_for_its_successor(pool):
+    pool.load("big", _tensors(32), pin=True)
+    old = pool._names["big"]
+    pool.replace("big", _tensors(24))
+    new = pool._names["big"]
+    assert new is not old and new.pinned and new.slot is not None and old.slot is None
+    assert len(pool.arenas["model.layers.0.mlp.up_proj"].free) == 1
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 10**400])
+def test_scales_are_finite(tiny, pool, tmp_path, alpha):
+    folder = _damaged(tiny, tmp_path, lambda config, tensors: config.update(lora_alpha=alpha))
+    with pytest.raises(ValueError, match="lora_alpha"):
+        pool.load("bad", folder)
