@@ -59,6 +59,7 @@ def attach(model, pool=None, **options):
 
 def detach(model):
     """Make an attached model plain again; its pool keeps its adapters."""
+    check.value(model in _attached, "model", f"a {type(model).__name__} that is not attached", "one after serve.attach")
     pool, hooks = _attached.pop(model)
     pool = pool()
     for hook in hooks:
@@ -78,6 +79,7 @@ def adapters(model, specs):
     activation checkpointing pass `context_fn=fastlora.checkpoint_context`. Raises what `AdapterPool.acquire` does.
     """
     check.value(model in _attached, "model", f"a {type(model).__name__} that is not attached", "one after serve.attach")
+    check.kind(not isinstance(specs, (str, dict)), "adapters", type(specs).__name__, "a spec for each batch row")
     pool = _attached[model][0]()
     with contextlib.ExitStack() as stack:
         lists = []
@@ -93,12 +95,17 @@ def _generate(model, generate, *args, **kwargs):
     specs = kwargs.pop("adapters", None)
     if specs is None:
         return generate(*args, **kwargs)
+    prompts = next((t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs")) if t is not None), None)
+    whole = prompts is None or isinstance(specs, (str, dict)) or len(prompts) == len(specs)
+    check.value(whole, "adapters", f"{len(specs)}", "one for each prompt")
     with adapters(model(), specs):
         return generate(*args, **kwargs)
 
 
 def _enter(pool, model, args, kwargs):
     batch, mask, ids = selection(pool)[0], kwargs.get("attention_mask"), kwargs.get("input_ids")
+    if isinstance(batch, Batch) and ids is not None:
+        batch.shape = tuple(ids.shape)
     # a step of one token has no padding, and a look at the mask would make the host wait for the device
     wanted = isinstance(batch, Batch) and not batch.base_only and (ids is None or ids.shape[-1] > 1)
     if wanted and isinstance(mask, torch.Tensor) and mask.dim() == 2:

@@ -17,7 +17,7 @@ class Batch:
     """
 
     def __init__(self, lists, device):
-        self.lists, self.device, self._mask, self._routes = lists, device, None, {}
+        self.lists, self.device, self.shape, self._mask, self._routes = lists, device, (), None, {}
         self.base_only, self.used = not any(lists), slots_of(lists)
 
     def look_at(self, mask):
@@ -36,7 +36,11 @@ class Batch:
         return route
 
     def _build(self, rows, *more):
+        if not more and (rows,) != (len(self.lists),) and rows == int(np.prod(self.shape, dtype=np.int64)):
+            rows, *more = self.shape
         tokens = int(np.prod(more, dtype=np.int64))
+        apart = not more and rows != len(self.lists)
+        check.value(not apart, "x", f"{rows} tokens that do not lie in rows, as experts get them", "(rows, tokens, …)")
         whole = len(self.lists) and rows % len(self.lists) == 0
         check.value(whole, "adapters", f"{len(self.lists)} for {rows} batch rows", "one for each row")
         index = np.repeat(np.arange(rows) // (rows // len(self.lists)), tokens)

@@ -189,7 +189,14 @@ def test_detach_and_refusals(tiny, attached):
         model(input_ids=prompts(4))
     with pytest.raises(ValueError, match="another model"):
         serve.attach(tiny.make(), pool)
+    for wrong, error in (("fr", TypeError), (["fr"] * 2, ValueError)):
+        with pytest.raises(error, match="fastlora: adapters"):
+            model.generate(input_ids=prompts(4), adapters=wrong, max_new_tokens=1)
+    with serve.adapters(model, ["fr", "de"]), pytest.raises(ValueError, match="do not lie in rows"):
+        model.lm_head(torch.zeros(4, 32))
     serve.detach(model)
+    with pytest.raises(ValueError, match="not attached"):
+        serve.detach(model)
     assert type(model.lm_head) is nn.Linear and not hasattr(model.lm_head, "arena")
     with pytest.raises(ValueError, match="not attached"), serve.adapters(model, ["fr"]):
         pass
