@@ -9,8 +9,6 @@ import hashlib
 import itertools
 import threading
 from collections import deque
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
@@ -27,21 +25,13 @@ class Stopped(RuntimeError):
     """The engine takes no requests: it is stopping, or its thread has died."""
 
 
-@dataclass(eq=False)
 class Request:
     """One prompt on its way, and how its tokens are drawn, whatever else is in the batch."""
 
-    id: str
-    spec: Any
-    on_token: Any
-    settings: dict
-    generator: Any
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    lease: Any = None
-    seen: int = 0
-    cancelled: bool = False
+    def __init__(self, name, spec, on_token, settings, generator, temperature=1.0, top_p=1.0, top_k=0):
+        self.id, self.spec, self.on_token, self.settings, self.generator = name, spec, on_token, settings, generator
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.lease, self.seen, self.cancelled = None, 0, False
 
     def draw(self, logits):
         """One token (0-d) of logits (vocabulary,)."""
@@ -103,11 +93,11 @@ class Engine:
         """Queue a prompt for None, an adapter's name or {name: weight}; returns its Request.
 
         Sampling: temperature, top_p, top_k. `on_token(token, finish)` is called in the engine's thread for each new
-        token; finish is None, in the end "stop", "length" or an exception. Raises KeyError for an unknown adapter, ValueError for a prompt without room, Stopped,
-        PoolFull also where `most` run and wait.
+        token; finish is None, in the end "stop", "length" or an exception. Raises KeyError for an unknown adapter,
+        ValueError for a prompt without room, Stopped, PoolFull also where `most` run and wait.
         """
         if not input_ids or len(input_ids) + max_new_tokens > self.longest:
-            raise ValueError(f"got {len(input_ids)} prompt tokens and {max_new_tokens} new ones, room for {self.longest}")
+            raise ValueError(f"{len(input_ids)} prompt tokens and {max_new_tokens} new ones: room for {self.longest}")
         generator = torch.Generator(self.model.device)
         generator.seed() if seed is None else generator.manual_seed(seed)
         settings = {"input_ids": input_ids, "max_new_tokens": max_new_tokens}

@@ -349,6 +349,7 @@ def test_the_readme_s_client_and_curl(serving, capsys):
         assert answer["model"] == "pirate" and answer["usage"]["completion_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_stops_when_told(tiny, tmp_path):
     """`python -m fastlora serve`, as a person starts it: help, summary, an answer, Ctrl-C."""
     command = [sys.executable, "-m", "fastlora", "serve"]
@@ -372,6 +373,7 @@ def test_the_command_serves_and_stops_when_told(tiny, tmp_path):
                 assert running.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
         assert complete(client, "fr").usage.completion_tokens == 8
+        client.close()
         running.send_signal(signal.SIGINT)
         assert running.wait(30) in (0, 130, -2), log.read_text()
     finally:
