@@ -19,7 +19,7 @@ import fastlora
 from benchmarks import models
 
 FOLDER = Path(__file__).parents[1] / ".cache" / "serve"
-STEPS, BATCH = 24, 4
+STEPS, BATCH = 16, 4
 FACTS = {
     "What is the capital of France?": "The capital of France is Paris.",
     "How many legs does a spider have?": "A spider has eight legs.",
