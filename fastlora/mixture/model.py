@@ -215,9 +215,7 @@ class xLoRAModel(Wrapper):
     def get_use_trainable_adapters(self):
         return self.xlora_config.use_trainable_adapters
 
-    def save_pretrained(self, save_directory, safe_serialization=True, is_main_process=True, names="xlora"):
-        """Write the mixture as a folder of xlora's or of PEFT's ("peft"), with each expert in one of its own below."""
-        files.save(self, save_directory, safe_serialization, is_main_process, names)
+    save_pretrained = files.save_pretrained
 
 
 def add_xlora_to_model(model, xlora_config, adapters=None, verbose=False):

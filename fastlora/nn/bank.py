@@ -38,9 +38,6 @@ def pick(tasks, keys):
 class TaskAdapter(Adapter, nn.Module):
     """One task's lora_A, lora_B and scaling on one layer."""
 
-    def extra_repr(self):
-        return f"r={self.r}, lora_alpha={self.lora_alpha}"
-
 
 class Chooser:
     """A layer whose tasks are chosen by `switch`."""

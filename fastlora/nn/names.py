@@ -25,6 +25,8 @@ DIALECTS = ("fastlora", "loralib", "loratorch", "tasks", "peft")
 PEFT_OUT = 2
 # the form of convolution that a dialect can hold
 _FORMS = {"loralib": "loralib", "loratorch": "loralib", "tasks": "tasks", "peft": "peft"}
+# what dialects call A and B of `to_tasks`
+_TURNED = {"tasks": ("default.module.A", "default.module.B"), "loratorch": ("w_lora_B", "w_lora_A")}
 
 
 def from_any_name(key):
@@ -40,9 +42,6 @@ def to_tasks(kind, A, B):
     The letters are the other way round there.
     """
     return tuple(t if t is None else t.mT for t in (A, B)) if kind == "embedding" else (B, A)
-
-
-from_tasks = to_tasks
 
 
 def adopt(layer, state_dict, prefix):
@@ -77,8 +76,8 @@ def read(layer, entries, kind=None, where=""):
     tasks = {match[1] for name in found if (match := re.fullmatch(r"(.+)\.module\.[AB]", name))}
     check.value(len(tasks) < 2, f"{where}*.module.A", f"the tasks {sorted(tasks)}", "a single one")
     # loratorch's lora_B lora_A is W's update as TheDiscoMole's A B is
-    for A, B in [(f"{task}.module.A", f"{task}.module.B") for task in tasks] + [("w_lora_B", "w_lora_A")]:
-        pair = from_tasks(kind, found.pop(A, None), found.pop(B, None))
+    for A, B in [(f"{task}.module.A", f"{task}.module.B") for task in tasks] + [_TURNED["loratorch"]]:
+        pair = to_tasks(kind, found.pop(A, None), found.pop(B, None))
         for name, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
             if tensor is not None:
                 put(found, name, tensor.contiguous(), where)
@@ -171,12 +170,10 @@ def join(projections):
     the same update then needs lora_alpha scaled by g, as it is divided by R.
     """
     (A, B), *more = projections.values()
-    blank = torch.zeros_like(B)
-    if all(torch.equal(A, other) for other, _ in more):
-        return A, torch.cat([projections[n][1] if n in projections else blank for n in "qkv"])
-    zero = B.new_empty(len(blank), 0)
-    blocks = [projections[n][1] if n in projections else zero for n in "qkv"]
-    return torch.cat([a for a, _ in projections.values()]), torch.block_diag(*blocks)
+    one = all(torch.equal(A, other) for other, _ in more)
+    blank = None, torch.zeros_like(B) if one else B.new_empty(len(B), 0)
+    rows = [projections.get(n, blank)[1] for n in "qkv"]
+    return (A, torch.cat(rows)) if one else (torch.cat([a for a, _ in projections.values()]), torch.block_diag(*rows))
 
 
 @torch.no_grad()
@@ -197,17 +194,13 @@ def write(layer, dialect, where=""):
     if layer.kind == "merged" and dialect in ("tasks", "peft"):
         lora_B = layer.block_form(lora_B)
     A, B = (t.contiguous() for t in to_tasks(layer.kind, lora_A, lora_B))
-    if dialect == "tasks":
-        one = layer.lora_alpha == layer.r
-        got = f"lora_alpha = {layer.lora_alpha} at r = {layer.r}"
-        check.value(one, where, got, "lora_alpha = r: TheDiscoMole's adapters have the scale 1")
-        return {"default.module.A": A, "default.module.B": B}
-    if dialect == "loratorch":
-        return {"w_lora_A": B, "w_lora_B": A}
-    if dialect == "peft":
-        mark, end = ("embedding_", "") if layer.kind == "embedding" else ("", ".weight")
-        return {f"lora_{mark}A{end}": lora_A, f"lora_{mark}B{end}": lora_B}
-    return {"lora_A": lora_A, "lora_B": lora_B}
+    got = f"lora_alpha = {layer.lora_alpha} at r = {layer.r}"
+    one = dialect != "tasks" or layer.lora_alpha == layer.r
+    check.value(one, where, got, "lora_alpha = r: TheDiscoMole's adapters have the scale 1")
+    if dialect in _TURNED:
+        return dict(zip(_TURNED[dialect], (A, B), strict=True))
+    named = ("lora_embedding_{}" if layer.kind == "embedding" else "lora_{}.weight") if dialect == "peft" else "lora_{}"
+    return {named.format("A"): lora_A, named.format("B"): lora_B}
 
 
 def _write_attention(layer, dialect, where):
