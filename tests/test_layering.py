@@ -15,7 +15,7 @@ ROWS = (
     ("backends",),
     ("ops",),
     ("nn",),
-    ("model", "tasks", "checkpoint", "experts", "wrapper", "explain"),
+    ("model", "tasks", "checkpoint", "experts", "explain"),
     ("compose", "mixture", "dynamic", "serve", "integrations"),
     ("cli", "__main__"),
 )

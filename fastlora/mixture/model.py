@@ -13,10 +13,9 @@ from fastlora.mixture import files
 from fastlora.mixture.classifier import xLoRAClassifier, xLoRAConfig
 from fastlora.mixture.stack import Stack, is_cross, stacks_of
 from fastlora.model import disable_adapter, get_nb_trainable_parameters, make_plain, print_trainable_parameters
-from fastlora.nn.bank import escape
+from fastlora.nn.bank import Owner, Wrapper, escape
 from fastlora.nn.convert import like
 from fastlora.ops import check
-from fastlora.wrapper import Owner, Wrapper
 
 # a weak reference to the one that the first version's functions mean, which name no model
 _latest = None

@@ -138,23 +138,21 @@ class Conv1d(_Convolution, nn.Conv1d):
 
 
 class Conv2d(_Convolution, nn.Conv2d):
-    """loralib's Conv2d, for any kernel: y = conv2d(x, W + lora_alpha / r ΔW) + bias, or PEFT's form, as Conv1d.
+    """loralib's Conv2d, for any kernel: as Conv1d, with x (N, in, H, W) or (in, H, W).
 
-    x (N, in, H, W) or (in, H, W). `form` "loralib": lora_A (r·k, in·l), lora_B (out / groups · k, r·k). "peft": lora_A
-    (r, in, k, l), lora_B (out, r / groups, 1, 1). "tasks": lora_A (k, l, r, in / groups), lora_B (k, l, out, r).
-    `kwargs` go to nn.Conv2d. Raises ValueError naming the argument. Source: loralib 0.1.2.
+    `form` "loralib": lora_A (r·k, in·l), lora_B (out / groups · k, r·k). "peft": lora_A (r, in, k, l), lora_B
+    (out, r / groups, 1, 1). "tasks": lora_A (k, l, r, in / groups), lora_B (k, l, out, r).
     """
 
     lora_base = nn.Conv2d
 
 
 class Conv3d(_Convolution, nn.Conv3d):
-    """loralib's Conv3d, for any kernel: y = conv3d(x, W + lora_alpha / r ΔW) + bias, or PEFT's form, as Conv1d.
+    """loralib's Conv3d, for any kernel: as Conv1d, with x (N, in, D, H, W) or (in, D, H, W).
 
-    x (N, in, D, H, W) or (in, D, H, W). `form` "loralib": lora_A (r·k, in·l·m), lora_B (out / groups · k, r·k), where
-    loralib's own shapes fail for k > 1. "peft": lora_A (r, in, k, l, m), lora_B (out, r / groups, 1, 1, 1). "tasks":
-    lora_A (k, l, m, r, in / groups), lora_B (k, l, m, out, r). `kwargs` go to nn.Conv3d. Raises ValueError naming the
-    argument. Source: loralib 0.1.2.
+    `form` "loralib": lora_A (r·k, in·l·m), lora_B (out / groups · k, r·k), where loralib's own shapes fail for k > 1.
+    "peft": lora_A (r, in, k, l, m), lora_B (out, r / groups, 1, 1, 1). "tasks": lora_A (k, l, m, r, in / groups),
+    lora_B (k, l, m, out, r).
     """
 
     lora_base = nn.Conv3d

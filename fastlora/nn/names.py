@@ -18,6 +18,7 @@ No file but PEFT's holds lora_alpha: it has to be the same on both sides. TheDis
 import re
 
 import torch
+import torch.nn.functional as F
 
 from fastlora.ops import check
 
@@ -113,11 +114,9 @@ def _read_attention(layer, found, where):
         return found
     enabled, r = ("qkvo", None) if plain else ("".join(own), next((p.r for p in own.values()), 0))
     pairs, joint = {}, None
-    for name in [name for name in found if re.fullmatch(r"(q?k?v?_|o_|out_proj\.|)lora_A", name)]:
-        letters, A, B = re.sub(r"_?lora_A$", "", name), found[name], found.get(name[:-1] + "B")
-        if B is None:
-            continue
-        del found[name], found[name[:-1] + "B"]
+    known = [name for name in found if re.fullmatch(r"(q?k?v?_|o_|out_proj\.|)lora_A", name)]
+    for name in [name for name in known if name[:-1] + "B" in found]:
+        letters, A, B = re.sub(r"_?lora_A$", "", name), found.pop(name), found.pop(name[:-1] + "B")
         if letters in ("o", "out_proj."):
             pairs["o"] = A, B if letters == "o" else B * PEFT_OUT
         elif len(letters) == 1 and len(B) != 3 * layer.embed_dim:
@@ -218,19 +217,19 @@ def _write_attention(layer, dialect, where):
         check.value(alike, where, "projections of several ranks or lora_alpha", "one for all in a joint adapter")
         blank = out and (torch.zeros_like(out[0]), torch.zeros_like(out[1]))
         A, B = join(pairs or {"q": blank})
-        found = {f"{''.join(pairs)}_": (A, B)} if dialect == "loratorch" else {"": (A, B)}
+        found = {f"{''.join(pairs)}_": (A, B)}
     else:
         found = {f"{name}_": pair for name, pair in pairs.items()}
     if dialect == "peft":
         # there it always has one, of the same rank
         out_A, out_B = out or (A[:0], B[: layer.embed_dim, :0])
         more = len(A) - len(out_A)
-        out_A = torch.cat((out_A, A.new_zeros(more, A.shape[1])))
-        out = out_A, torch.cat((out_B / PEFT_OUT, B.new_zeros(len(out_B), more)), 1)
-        ends = {"": found[""], "base_layer.out_proj.": out}
-        return {f"{head}lora_{x}.weight": t for head, pair in ends.items() for x, t in zip("AB", pair, strict=True)}
-    found.update({"o_": out} if out else {})
-    return {f"{head}lora_{x}": t.contiguous() for head, pair in found.items() for x, t in zip("AB", pair, strict=True)}
+        out = F.pad(out_A, (0, 0, 0, more)), F.pad(out_B / PEFT_OUT, (0, more))
+        found = {"": (A, B), "base_layer.out_proj.": out}
+    elif out:
+        found["o_"] = out
+    ends = {x: f"lora_{x}.weight" if dialect == "peft" else f"lora_{x}" for x in "AB"}
+    return {head + ends[x]: t.contiguous() for head, pair in found.items() for x, t in zip(ends, pair, strict=True)}
 
 
 def base_name(layer, dialect, name):
