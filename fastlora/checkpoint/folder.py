@@ -179,7 +179,7 @@ def read_adapter(model, source, dora=False, unsafe=False):
     tensors, magnitudes = {}, {}
     for key, tensor in stored.items():
         magnitude = dora and "lora_magnitude_vector" in key
-        name = from_any_name(key.replace("lora_magnitude_vector", "lora_A"))
+        name = from_any_name(key.replace("lora_magnitude_vector", "lora_A") if magnitude else key)
         put(magnitudes if magnitude else tensors, name, tensor)
     config = {**config, "magnitudes": {name.removesuffix(".lora_A"): m for name, m in magnitudes.items()}}
     return _plan(model, config, tensors), config, _check_base_tensors(model, config, tensors)

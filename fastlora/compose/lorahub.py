@@ -17,11 +17,9 @@ from fastlora.ops import check
 LENGTH, NEW_TOKENS, IGNORED = 2048, 256, -100
 
 
-def lorahub_learning(
-    lora_module_list, example_inputs, example_outputs, max_inference_step, model_name_or_path=None, batch_size=None,
-    get_loss=None, get_regular=default_l1_regularization, seed=42, tokenizer=None, *, mode="lorahub", progress=True,
-    **options,
-):  # fmt: skip
+def lorahub_learning(lora_module_list, example_inputs, example_outputs, max_inference_step, model_name_or_path=None,
+                     batch_size=None, get_loss=None, get_regular=default_l1_regularization, seed=42, tokenizer=None, *,
+                     mode="lorahub", progress=True, **options):  # fmt: skip
     """Find weights for LoRA modules on a few examples, and merge them: (weights (N,), merged model, tokenizer).
 
     `lora_module_list`: folders in PEFT's format, names on Hugging Face's hub, or tensors by name, of any rank and
@@ -59,9 +57,8 @@ def lorahub_learning(
 
 
 @torch.no_grad()
-def lorahub_inference(
-    example_inputs, model_or_name_path, tokenizer_or_tokenizer_path, batch_size, example_outputs=None
-):
+def lorahub_inference(example_inputs, model_or_name_path, tokenizer_or_tokenizer_path, batch_size,
+                      example_outputs=None):  # fmt: skip
     """(predicted texts, accuracy in percent): greedy, at most 256 new tokens; a classifier's are its labels' names.
 
     The accuracy, None without `example_outputs`, counts equal texts, without case, full stops and outer blanks.

@@ -117,10 +117,8 @@ def language_losses(logits, labels, shift):
     return losses.sum(1) / (labels != -100).sum(1).clamp(min=1)
 
 
-def optimise(
-    evaluate, count, regular, *, steps=40, population=1, method="evolution", seed=42, optimizer=None, lr=0.1,
-    seconds=None, patience=None, progress=False,
-):  # fmt: skip
+def optimise(evaluate, count, regular, *, steps=40, population=1, method="evolution", seed=42, optimizer=None, lr=0.1,
+             seconds=None, patience=None, progress=False):  # fmt: skip
     """The weights w (N,) in [-1.5, 1.5] with the smallest evaluate(w (P, N)) -> losses (P,), plus regular(w).
 
     The options are those of `search`; by gradients whole rounds are evaluated. Returns a Result.

@@ -18,10 +18,10 @@ _NOT_PEFT = (*_OURS, "base_model_id", "device", "enable_relu_and_dropout", "use_
 _PEFT_KEY = "base_model.internal_xlora_classifier.layers."
 
 
-def save(mixture, directory, safe_serialization, is_main_process, names):
-    """See `xLoRAModel.save_pretrained`."""
+def save_pretrained(mixture, save_directory, safe_serialization=True, is_main_process=True, names="xlora"):
+    """Write the mixture as a folder of xlora's or of PEFT's ("peft"), with each expert in one of its own below."""
     check.value(names in ("xlora", "peft"), "names", repr(names), "'xlora' or 'peft'")
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(save_directory)
     check.value(not directory.is_file(), "save_directory", f"{directory}, a file", "a directory")
     if not is_main_process:
         return

@@ -13,10 +13,9 @@ from fastlora.mixture import files
 from fastlora.mixture.classifier import xLoRAClassifier, xLoRAConfig
 from fastlora.mixture.stack import Stack, is_cross, stacks_of
 from fastlora.model import disable_adapter, get_nb_trainable_parameters, make_plain, print_trainable_parameters
-from fastlora.nn.bank import escape
+from fastlora.nn.bank import Owner, Wrapper, escape
 from fastlora.nn.convert import like
 from fastlora.ops import check
-from fastlora.wrapper import Owner, Wrapper
 
 # a weak reference to the one that the first version's functions mean, which name no model
 _latest = None
@@ -215,9 +214,7 @@ class xLoRAModel(Wrapper):
     def get_use_trainable_adapters(self):
         return self.xlora_config.use_trainable_adapters
 
-    def save_pretrained(self, save_directory, safe_serialization=True, is_main_process=True, names="xlora"):
-        """Write the mixture as a folder of xlora's or of PEFT's ("peft"), with each expert in one of its own below."""
-        files.save(self, save_directory, safe_serialization, is_main_process, names)
+    save_pretrained = files.save_pretrained
 
 
 def add_xlora_to_model(model, xlora_config, adapters=None, verbose=False):

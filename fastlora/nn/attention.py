@@ -26,9 +26,6 @@ class ProjectionLoRA(LinearLoRA, nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
 
-    def forward(self, x, weight, bias):
-        return self.run(None if self.is_off() else self.adapters(), x, weight, bias)
-
     def run(self, adapters, x, weight, bias):
         return F.linear(x, weight, bias) if adapters is None else self.project(x, weight, bias, *adapters)
 
@@ -97,10 +94,8 @@ class AttentionLoRA:
         names.adopt(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(
-        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
-        is_causal=False,
-    ):  # fmt: skip
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+                average_attn_weights=True, is_causal=False):  # fmt: skip
         check.value(attn_mask is not None or not is_causal, "attn_mask", None, "a mask, of which is_causal is a hint")
         check.value(not query.is_nested, "query", "a nested tensor", "a padded one and key_padding_mask; "
                     "nn.TransformerEncoder makes none with enable_nested_tensor=False")  # fmt: skip

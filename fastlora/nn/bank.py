@@ -1,5 +1,6 @@
 """A layer with several adapters, by name: which of them run is chosen per thread, in one gated call."""
 
+import inspect
 import itertools
 import operator
 import re
@@ -9,7 +10,7 @@ from torch import nn
 
 from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.layer import Adapter, LoRALayer
-from fastlora.nn.switch import Stacked, cannot_know, is_off, is_recompute, selection, switch
+from fastlora.nn.switch import Stacked, cannot_know, checkpoint_context, is_off, is_recompute, selection, switch
 from fastlora.ops import check
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))
@@ -38,8 +39,9 @@ def pick(tasks, keys):
 class TaskAdapter(Adapter, nn.Module):
     """One task's lora_A, lora_B and scaling on one layer."""
 
-    def extra_repr(self):
-        return f"r={self.r}, lora_alpha={self.lora_alpha}"
+
+class Owner:
+    """The key under which a thread's choice of adapters is kept; a copy of a model has its own."""
 
 
 class Chooser:
@@ -186,7 +188,44 @@ class TaskProjection(Bank, ProjectionLoRA):
 Bank.projection = TaskProjection
 
 
-class Wrapped(Chooser, nn.Module):
+class Around(nn.Module):
+    """Holds a module, and has its attributes: what a user or a Trainer asks for, as config, device, generate."""
+
+    _held = "model"
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == self._held:
+                raise
+            return getattr(getattr(self, self._held), name)
+
+
+class Wrapper(Around):
+    """Answers in place of `model`, which it holds, what a Trainer asks of it."""
+
+    @property
+    def accepts_loss_kwargs(self):
+        """What a Trainer asks before it passes num_items_in_batch: whether the wrapped model takes any keyword."""
+        kinds = [parameter.kind for parameter in inspect.signature(self.model.forward).parameters.values()]
+        return getattr(self.model, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **options):
+        """transformers' method, with `context_fn=fastlora.checkpoint_context`: a recompute runs the same adapters."""
+        given = {"use_reentrant": False, "context_fn": checkpoint_context, **(gradient_checkpointing_kwargs or {})}
+        check.value(not given["use_reentrant"], "use_reentrant", given["use_reentrant"],
+                    "False: a reentrant recompute cannot know the adapters")  # fmt: skip
+        name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(self.model, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": given}, **options)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
+        """The same, by its name from transformers 5.24 on."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+
+class Wrapped(Chooser, Around):
     """A module of a user's own type, `module`, with a module for each task that runs in its place.
 
     Several tasks, or weights: module(x) + Σ gate · (task(x) − module(x)), a loop, as nothing is known of what they do.
@@ -194,6 +233,7 @@ class Wrapped(Chooser, nn.Module):
     """
 
     holds_adapters = True
+    _held = "module"
     # as LoRALayer's, for `is_off`
     rank = None
     _ran = frozenset()
@@ -201,14 +241,6 @@ class Wrapped(Chooser, nn.Module):
     def __init__(self, module, owner):
         super().__init__()
         self.module, self.owner, self.tasks = module, owner, nn.ModuleDict()
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
 
     def check_merge(self, name):
         check.value(False, name, "a module of a user's type with tasks", "a layer to merge into")

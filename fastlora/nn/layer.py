@@ -64,6 +64,10 @@ class Adapter:
             self.scaling = self.scaling.to("cpu" if device.type == "meta" else device)
         return self
 
+    def extra_repr(self):
+        own = f"r={self.r}, lora_alpha={self.lora_alpha}" if self.r else "r=0"
+        return ", ".join(filter(None, [super().extra_repr(), own]))
+
 
 class LoRALayer(Adapter):
     """An adapter on a module, mixed in before its torch class: r, lora_alpha, lora_dropout, lora_A, lora_B, scaling.
@@ -176,10 +180,6 @@ class LoRALayer(Adapter):
         super().__setstate__(state)
         if self.rank:
             ranked_layers.add(self)
-
-    def extra_repr(self):
-        own = f"r={self.r}, lora_alpha={self.lora_alpha}" if self.r else "r=0"
-        return ", ".join(filter(None, [super().extra_repr(), own]))
 
     def dropout_p(self):
         # from the nn.Dropout that programs may change

@@ -28,6 +28,9 @@ class LinearLoRA(LoRALayer):
     def delta(self, lora_A, lora_B):
         return lora_B @ lora_A
 
+    def forward(self, *args, **kwargs):
+        return self.run(None if self.is_off() else self.adapters(), *args, **kwargs)
+
     def project(self, x, weight, bias, A, B, scaling, gates):
         x, gates = match_rows(x, x.shape[:-1], gates)
         ranks, p = rank_list(A, gates), self.dropout_p()
@@ -42,7 +45,7 @@ class DenseLoRA(LinearLoRA):
 
     def forward(self, x):
         if self.merged or switch.apart or self._ran or self.rank or not self.r:
-            return super().forward(x)
+            return LoRALayer.forward(self, x)
         tensors = self._parameters
         try:
             weight, bias, lora_A, lora_B = tensors["weight"], tensors["bias"], tensors["lora_A"], tensors["lora_B"]
@@ -72,9 +75,6 @@ class OpaqueLoRA(LinearLoRA):
     def check_merge(self, name):
         check.value(False, name, f"a {type(self).__name__}, which has no dense weight", "a layer to merge into")
 
-    def forward(self, x, *args, **kwargs):
-        return self.run(None if self.is_off() else self.adapters(), x, *args, **kwargs)
-
     def run(self, adapters, x, *args, **kwargs):
         # past LoRALayer's own forward
         base = super(Adapter, self).forward
@@ -98,10 +98,8 @@ class Linear(DenseLoRA, nn.Linear):
 
     lora_base = nn.Linear
 
-    def __init__(
-        self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, fan_in_fan_out=False, merge_weights=True,
-        **kwargs,
-    ):  # fmt: skip
+    def __init__(self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, fan_in_fan_out=False,
+                 merge_weights=True, **kwargs):  # fmt: skip
         check_adapter(r, lora_alpha, lora_dropout)
         watch_registrations()
         super().__init__(in_features, out_features, **kwargs)
@@ -162,10 +160,8 @@ class MergedLinear(MergedLoRA, Linear):
 
     lora_base = nn.Linear
 
-    def __init__(
-        self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, enable_lora=(False,),
-        fan_in_fan_out=False, merge_weights=True, **kwargs,
-    ):  # fmt: skip
+    def __init__(self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, enable_lora=(False,),
+                 fan_in_fan_out=False, merge_weights=True, **kwargs):  # fmt: skip
         given = isinstance(enable_lora, (list, tuple)) and len(enable_lora) > 0
         flags = given and all(isinstance(on, (bool, int)) for on in enable_lora)
         check.value(flags, "enable_lora", repr(enable_lora), "a list of bools")

@@ -126,7 +126,7 @@ def _in_our_layout(tensors, kinds):
     ours = {place: tensor for place, tensor in tensors.items() if place[1] not in ("A", "B") or not kinds[place[0]]}
     for path in {path for path, _ in tensors.keys() - ours}:
         A, B = (tensors.get((path, name)) for name in "AB")
-        pair = zip(("lora_A", "lora_B"), names.from_tasks(kinds[path], A, B), strict=True)
+        pair = zip(("lora_A", "lora_B"), names.to_tasks(kinds[path], A, B), strict=True)
         ours.update(((path, name), tensor) for name, tensor in pair if tensor is not None)
     return ours
 

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_accurate, strided
 
 from fastlora import Pages, Route, lora_routed
-from fastlora.testing import assert_accurate, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

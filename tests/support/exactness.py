@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: the error rule, hostile inputs, NaN-filled fresh memory, plain-torch formulas."""
+"""What tests share: the error rule, hostile inputs, NaN-filled fresh memory, plain-torch formulas."""
 
 import contextlib
 
