@@ -38,7 +38,7 @@ demo: build
 
 # SmolLM2-135M-Instruct with two adapters that are trained the first time, at http://127.0.0.1:8000
 serve: build
-	@$(BIN)/python examples/serve.py
+	@$(BIN)/python examples/serve_smollm2.py
 
 test: build
 	$(BIN)/pytest -q -m "not slow"

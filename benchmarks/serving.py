@@ -27,6 +27,9 @@ from . import machine, models
 from .cases import DTYPES
 from .clock import time_cpu
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from server.engine import Engine  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
 SIZE, RANKS = 1024, (4, 8, 16, 32, 4, 8, 16, 32)
 TESTS = (
@@ -118,7 +121,8 @@ def sweeps():
 
     def compare(what, at, ranks, names):
         with contextlib.ExitStack() as stack:
-            ours = call(stack, routed(torch.float32, ranks, adapters=max(32, sum(-(-r // 16) for r in ranks))), names, x)
+            room = max(32, sum(-(-r // 16) for r in ranks))
+            ours = call(stack, routed(torch.float32, ranks, adapters=room), names, x)
             timing = time_cpu({"base": functools.partial(base, x), "fastlora": ours}, seconds=0.7)
         return row(f"sweep {what}", "fastlora / base", timing.ratio("fastlora", "base"), at)
 
@@ -149,8 +153,6 @@ def adapters_of(model, ranks, folder):
 
 def engines(new=64):
     """SmolLM2-135M, 8 requests at once of 64 new tokens: with 8 adapters, without, and PEFT one after the other."""
-    from fastlora.serve.engine import Engine
-
     model, tokenizer = models.load()
     prompts = [tokenizer(f"Write about the number {i} and why people like it.")["input_ids"] for i in range(8)]
     with tempfile.TemporaryDirectory() as root:

@@ -1,4 +1,4 @@
-"""`python -m fastlora info` says what runs here, `build` compiles fastlora._C for this torch, `serve` serves a model."""
+"""`python -m fastlora info` says what runs here; `python -m fastlora build` compiles fastlora._C for this torch."""
 
 import argparse
 import json
@@ -13,7 +13,6 @@ import torch
 
 import fastlora
 from fastlora import backends
-from fastlora.serve import run
 
 DISTRIBUTION = "fastlora-kernels"
 
@@ -25,12 +24,7 @@ def main(argv=None):
     commands.add_parser("info", help="versions, and which back-ends this machine has")
     build = commands.add_parser("build", help="compile fastlora._C for the installed torch and install it")
     build.add_argument("source", nargs="?", type=Path, help="the source folder, where pip does not remember it")
-    about = "an OpenAI-compatible server for a model and its adapters"
-    serve = commands.add_parser("serve", help=about, description=f"{about[0].upper()}{about[1:]}.")
-    run.add_arguments(serve)
     args = parser.parse_args(argv)
-    if args.command == "serve":
-        return run.serve(args, serve)
     if args.command == "info":
         print("\n".join(f"{name:10} {value}" for name, value in info().items()))
         return 0

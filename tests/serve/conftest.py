@@ -1,12 +1,23 @@
 """A two-layer model, its byte-level tokenizer and real PEFT adapters, made once; a server in a thread."""
 
+import importlib.util
 import socket
+import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
+
+SERVER = Path(__file__).parents[2] / "examples" / "server"
+if "server" not in sys.modules:
+    # examples/ itself is not put on the path: it has a lorahub.py
+    spec = importlib.util.spec_from_file_location(
+        "server", SERVER / "__init__.py", submodule_search_locations=[str(SERVER)]
+    )
+    sys.modules["server"] = importlib.util.module_from_spec(spec)
 
 WEIGHTS = {"fr": 1, "de": 2, "it": 3}
 TEMPLATE = (
@@ -70,9 +81,10 @@ def serving(tiny):
     uvicorn = pytest.importorskip("uvicorn")
     import contextlib
 
+    from server.engine import Engine
+    from server.server import Server
+
     from fastlora.serve import attach
-    from fastlora.serve.engine import Engine
-    from fastlora.serve.server import Server
 
     @contextlib.contextmanager
     def start(names=WEIGHTS, adapters=8, cache_tokens=2048, most=256, **options):

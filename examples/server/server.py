@@ -14,11 +14,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from fastlora.serve.engine import Stopped
-from fastlora.serve.metrics import Metrics
 from fastlora.serve.pool import PoolFull
-from fastlora.serve.spec import Chat, Completion, Load, Refused, Unload, adapters_of, unknown
-from fastlora.serve.text import Text
+from server.engine import Stopped
+from server.metrics import Metrics
+from server.spec import Chat, Completion, Load, Refused, Unload, adapters_of, unknown
+from server.text import Text
 
 
 def refusal(status, message, kind="BadRequestError", param=None):

@@ -1,9 +1,18 @@
-"""`python -m fastlora serve`: load, say what is there, serve until told to stop."""
+"""The command: load, say what is there, serve until told to stop."""
 
+import argparse
 import os
 import time
 
 import torch
+
+
+def main(argv=None):
+    """Serve until a signal; returns the exit status."""
+    about = "An OpenAI-compatible server for a model and its adapters."
+    parser = argparse.ArgumentParser(prog="python examples/serve.py", description=about)
+    add_arguments(parser)
+    return serve(parser.parse_args(argv), parser)
 
 
 def add_arguments(parser):
@@ -44,10 +53,10 @@ def serve(args, parser):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from fastlora.serve import attach
-        from fastlora.serve.engine import Engine
-        from fastlora.serve.server import Server
+        from server.engine import Engine
+        from server.server import Server
     except ImportError as error:
-        parser.error(f"{error}: pip install 'fastlora-kernels[serve]'")
+        parser.error(f"{error}: pip install --no-build-isolation '.[serve]'")
     start, name = time.perf_counter(), args.name or os.path.basename(os.path.normpath(args.model))
     print(f"fastlora: loading {args.model}", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
