@@ -25,26 +25,12 @@ from fastlora.nn.switch import rows_ranked
 from fastlora.ops import check
 
 __all__ = [
-    "Conv2d",
-    "DyLinear",
-    "Embedding",
-    "LoRALayer",
-    "Linear",
-    "MergedLinear",
-    "evaluate_ranks",
-    "hold_frozen_rows",
-    "lora_state_dict",
-    "mark_only_lora_as_trainable",
-    "model_rank",
-    "row_ranks",
-    "sample",
-    "truncate",
-]
+    "Conv2d", "DyLinear", "Embedding", "LoRALayer", "Linear", "MergedLinear", "evaluate_ranks", "hold_frozen_rows",
+    "lora_state_dict", "mark_only_lora_as_trainable", "model_rank", "row_ranks", "sample", "truncate",
+]  # fmt: skip
 
 # what hold_frozen_rows returned; layers whose backward looks for it
 _holds, _watched = weakref.WeakSet(), weakref.WeakSet()
-# optimizers whose state has no entry for each entry of a parameter
-_REFUSED = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
 _warned = False
 
 
@@ -54,8 +40,6 @@ class DyLinear(static.Linear):
     y = x Wᵀ + bias + lora_alpha / k (D(x) lora_A[:k]ᵀ) lora_B[:, :k]ᵀ. `set_rank(index)` is the original's, 0-based: k
     is index + 1; `frozen` trains component k alone. Raises ValueError naming the argument. Source: arXiv 2210.07558.
     """
-
-    lora_base = nn.Linear
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -74,8 +58,7 @@ class DyLinear(static.Linear):
         """Use `rank` + 1 components from now on, 0 <= rank < r; with `frozen` only the last of them trains."""
         check.value(self.r, "rank", f"{rank!r} on a layer without an adapter", "a layer of r >= 1")
         check.value(_whole(rank) and 0 <= rank < self.r, "rank", repr(rank), f"an index from 0 to {self.r - 1}")
-        _set([self], rank + 1, frozen)
-        self.forget_runs()
+        _set([self], rank + 1, frozen, new_step=True)
 
 
 Linear = DyLinear
@@ -96,13 +79,15 @@ def _layers(model):
     return layers
 
 
-def _set(layers, rank, frozen):
+def _set(layers, rank, frozen, new_step=False):
     most = max(layer.r for layer in layers)
     valid = rank is None or _whole(rank) and 1 <= rank <= most
     check.value(valid, "rank", repr(rank), f"an integer from 1 to {most}")
     check.value(rank or not frozen, "frozen", frozen, "False where the rank is None")
     for layer in layers:
         layer.use_rank(rank and min(rank, layer.r), frozen)
+        if new_step:
+            layer.forget_runs()
         if frozen and layer not in _watched:
             _watched.add(layer)
             for parameter in filter(lambda p: p.requires_grad, (layer.lora_A, layer.lora_B)):
@@ -115,20 +100,16 @@ def _check_held(layer, parameter):
     if _warned or layer() is None or not layer().frozen or any(hold.has(parameter) for hold in _holds):
         return
     _warned = True
-    warnings.warn(
-        "fastlora: frozen rows have a zero gradient, but weight decay and momentum still move them: "
-        "call dynamic.hold_frozen_rows(optimizer)",
-        stacklevel=2,
-    )
+    warnings.warn("fastlora: frozen rows have a zero gradient, but weight decay and momentum still move them: "
+                  "call dynamic.hold_frozen_rows(optimizer)", stacklevel=2)  # fmt: skip
 
 
 class model_rank:
     """Run a model or a layer at rank k from now on, or in a `with` block: `with model_rank(model, 4): model(x)`.
 
-    k counts from 1; a layer whose r is lower uses all it has; None uses every layer's r. With `frozen`, training
-    changes component k alone: `optimizer.step()` belongs into the block. Its end puts each layer's own rank back. The
-    rank is the model's, for all threads. Under activation checkpointing backward belongs into the block too: a
-    recompute at another rank raises. Raises ValueError for k outside 1 to r.
+    k counts from 1; a layer whose r is lower uses all it has; None is every layer's r; all threads see it. With
+    `frozen` component k alone trains: `optimizer.step()` belongs into the block, so does backward if checkpointed, or a
+    recompute at another rank raises. Its end puts the layers' ranks back. Raises ValueError for k outside 1 to r.
     """
 
     def __init__(self, model, k, frozen=False):
@@ -152,10 +133,9 @@ class model_rank:
 def sample(model, step, seed=0, frozen=False, distribution="uniform"):
     """Draw the rank of an optimizer step, from 1 to r, set it in all layers, and return it.
 
-    It depends on (seed, step) alone: every process, and a run that goes on from a checkpoint, draws the same.
-    `distribution` is "uniform", the paper's, or r weights. The paper's recipe is `frozen`: component k alone trains;
-    see `hold_frozen_rows`; in eval mode nothing is frozen. Raises ValueError for another distribution, TypeError for a
-    step that is no integer.
+    It depends on (seed, step) alone, on every process and after a restart. `distribution`: "uniform", the paper's, or r
+    weights. The paper's recipe is `frozen`: component k alone trains, in train mode; see `hold_frozen_rows`. Raises
+    ValueError for another distribution, TypeError for a step that is no integer.
     """
     layers = _layers(model)
     most = max(layer.r for layer in layers)
@@ -165,9 +145,7 @@ def sample(model, step, seed=0, frozen=False, distribution="uniform"):
     check.value(fits, "distribution", repr(distribution), f"'uniform' or {most} weights, none negative")
     check.kind(isinstance(step, int) and isinstance(seed, int), "step", f"{step!r} with seed {seed!r}", "integers")
     rank = random.Random(f"{seed} {step}").choices(range(1, most + 1), weights)[0]
-    _set(layers, rank, frozen)
-    for layer in layers:
-        layer.forget_runs()
+    _set(layers, rank, frozen, new_step=True)
     return rank
 
 
@@ -193,9 +171,8 @@ def truncate(model, k):
     check.value(k is not None, "rank", k, "an integer")
     model = copy.deepcopy(model)
     layers = _layers(model)
-    _set(layers, k, False)
+    _set(layers, k, False, new_step=True)
     for layer in layers:
-        layer.forget_runs()
         pair = layer.narrow(layer.lora_A.detach(), layer.lora_B.detach(), 0, layer.rank)
         for name, old, new in zip(("lora_A", "lora_B"), (layer.lora_A, layer.lora_B), pair, strict=True):
             setattr(layer, name, nn.Parameter(new.clone(), requires_grad=old.requires_grad))
@@ -211,8 +188,8 @@ RankReport = collections.namedtuple("RankReport", ["values", "rank"])
 def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
     """({rank: fn(model)} for every rank, the smallest rank whose value is within `tolerance` of the best).
 
-    The model's ranks are put back afterwards; its training mode is fn's affair. NaN is never the best. Raises
-    ValueError for a tolerance below 0, and if all values are NaN.
+    The model's ranks are put back; its training mode is fn's affair. Raises ValueError for a tolerance below 0, and if
+    all values are NaN, which is never the best.
     """
     check.value(tolerance >= 0, "tolerance", tolerance, "a number of at least 0")
     values = {}
@@ -230,14 +207,13 @@ def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
 def hold_frozen_rows(optimizer):
     """Make frozen mode exact: after each `optimizer.step()`, all but the live component are as they were before it.
 
-    A zero gradient still decays a row under AdamW and carries its momentum; this puts the rows back, those above k too,
-    and their optimizer state. The live component is that of the rank at the end of `step()`. It needs a copy of the
-    adapters and of their state during a step. Returns a handle whose `remove()` ends it. Raises TypeError for
-    optimizers whose state has no entry for each entry of a parameter.
+    AdamW's decay and momentum move rows of zero gradient; this puts them back, those above k too, and their state, from
+    a copy it keeps during a step. The live component is that of the rank at the end of `step()`. Returns a handle whose
+    `remove()` ends it. Raises TypeError for optimizers whose state has no entry for each entry of a parameter.
     """
     # accelerate's is a wrapper
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    refused = any(cls.__name__ in _REFUSED for cls in type(optimizer).__mro__)
+    refused = {cls.__name__ for cls in type(optimizer).__mro__} & {"Adafactor", "LBFGS", "Muon", "SparseAdam"}
     fits = isinstance(optimizer, torch.optim.Optimizer) and not refused
     expected = "one whose state has each parameter's shape, such as torch.optim.AdamW"
     check.kind(fits, "optimizer", type(optimizer).__name__, expected)
@@ -284,8 +260,7 @@ class _Hold:
                 if old is None:
                     # made in this step, from zeros; Rprop's step sizes begin at the learning rate, for all rows
                     old = tensor.clone() if key == "step_size" else torch.zeros_like(tensor)
-                now = tensor.reshape(-1)[live]
-                tensor.copy_(old.view(-1).index_copy(0, live, now).view(tensor.shape))
+                tensor.copy_(old.view(-1).index_copy(0, live, tensor.reshape(-1)[live]).view(tensor.shape))
 
 
 def _rowed(optimizer, parameter):

@@ -8,6 +8,7 @@ from fastlora.nn.attention import AttentionLoRA, ProjectionLoRA
 from fastlora.nn.layer import LoRALayer
 from fastlora.nn.linear import DenseLoRA, OpaqueLoRA
 from fastlora.nn.switch import rank_list
+from fastlora.ops import check
 
 
 class Explanation:
@@ -16,29 +17,20 @@ class Explanation:
     def __init__(self, calls):
         self.calls = calls
 
-    def __str__(self):
-        if not self.calls:
-            return "no fastlora op runs here"
+    def __repr__(self):
         lines = []
         for where, op, chosen, reasons in self.calls:
             lines.append(f"{where}{op}: {chosen or 'no back-end takes this call'}")
             lines += [f"    {name}: {why}" for name, why in reasons.items() if name != chosen]
-        return "\n".join(lines)
-
-    __repr__ = __str__
+        return "\n".join(lines) or "no fastlora op runs here"
 
 
 def _reasons(op, args):
     chosen, why = backends.walk(op, *args)[-1]
     asked = backends.order(op, *args)
-    reasons = {}
-    for name in backends.NAMES:
-        sentence = backends.objection(op, name, *args)
-        if sentence is None and name not in asked:
-            sentence = backends.passed_over(name)
-        elif sentence is None and name != chosen:
-            sentence = f"it comes after {chosen}"
-        reasons[name] = sentence
+    reasons = {name: backends.objection(op, name, *args) for name in backends.NAMES}
+    for name in (name for name, objection in reasons.items() if objection is None and name != chosen):
+        reasons[name] = f"it comes after {chosen}" if name in asked else backends.passed_over(name)
     return (chosen if why is None else None), reasons
 
 
@@ -61,8 +53,7 @@ def explain(call, *args, **kwargs):
     without arguments is not run: its LoRA layers are listed with the back-end that a one-row input would take.
     Returns an Explanation whose str() is the text. Raises TypeError for what cannot be called.
     """
-    if not callable(call):
-        raise TypeError(f"fastlora: call: got {type(call).__name__}, expected a function or a module")
+    check.kind(callable(call), "call", type(call).__name__, "a function or a module")
     if isinstance(call, torch.nn.Module) and not args and not kwargs:
         return Explanation([entry for name, m in call.named_modules() for entry in _layer(name, m)])
     with _Record() as record:
@@ -71,18 +62,14 @@ def explain(call, *args, **kwargs):
 
 
 def _layer(name, module):
+    found = []
     if isinstance(module, AttentionLoRA):
         weights = module.projection_weights()
         found = [(f"{name}.lora_{n}".strip("."), p, weights[n]) for n, p in module.projections().items()]
-    else:
-        adapted = isinstance(module, LoRALayer) and not isinstance(module, ProjectionLoRA)
-        found = [(name, module, None)] if adapted else []
-    return [
-        (where and f"{where}: ", op, *_reasons(op, args))
-        for where, layer, weight in found
-        if layer.r
-        for op, args in _calls(layer, weight)
-    ]
+    elif isinstance(module, LoRALayer) and not isinstance(module, ProjectionLoRA):
+        found = [(name, module, None)]
+    calls = [(where, *call) for where, layer, weight in found if layer.r for call in _calls(layer, weight)]
+    return [(where and f"{where}: ", op, *_reasons(op, args)) for where, op, args in calls]
 
 
 def _calls(layer, weight):

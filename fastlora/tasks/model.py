@@ -22,12 +22,11 @@ class Model(Wrapper):
 
     Every linear layer, embedding, convolution and nn.MultiheadAttention of `model`, or those that `target_modules`
     names as in `inject`, gets room for tasks, in place; modules of a type in `base_module_wrappers` get what is
-    registered there. A choice of tasks is a name; a list of names, which are summed; a dict of weights; or a list with
-    one of these, or None, for each batch row, which has to be the first dimension of every layer's input. Nothing
-    chosen is the base model. The choice belongs to a thread. A weight may be a tensor: it gets a gradient, and compiled
-    code is not compiled again for its value, as it is for other names: torch._dynamo.config.recompile_limit allows
-    eight choices. `r` and `lora_alpha` are the tasks' defaults: int(sqrt(min(in, out))), and r. Raises ValueError for
-    a layer that cannot have tasks. Source: TheDiscoMole/LoRA.
+    registered there. A choice, which belongs to a thread, is a name; a list of names, which are summed; a dict of
+    weights; or a list with one of these, or None, for each batch row, the first dimension of every layer's input; none
+    is the base model. A weight may be a tensor: it gets a gradient, and code is not compiled again for its value, as it
+    is for other names, up to torch._dynamo.config.recompile_limit. `r` and `lora_alpha` are the tasks' defaults:
+    int(sqrt(min(in, out))), and r. Raises ValueError for a layer that cannot have tasks. Source: TheDiscoMole/LoRA.
     """
 
     def __init__(self, model, r=None, lora_alpha=None, lora_dropout=0.0, target_modules=None):
@@ -41,13 +40,10 @@ class Model(Wrapper):
         modules = dict(model.named_modules(remove_duplicate=False))
         found = find("", model, set()) if targets is None else {name: becomes_bank(modules[name]) for name in targets}
         check.value(found, "model", f"a {type(model).__name__}", "a model with layers that can have adapters")
-        for name in (name for name, bank in found.items() if bank):
+        banks = [name for name, bank in found.items() if bank]
+        for name in banks:
             check_convertible(name, modules, None)
-        self.model = self._wrap(model, modules, found, lora_dropout)
-        update_fast_paths(self.model)
-
-    def _wrap(self, model, modules, found, lora_dropout):
-        for name in (name for name, bank in found.items() if bank):
+        for name in banks:
             convert(modules[name], Bank)
             for layer in modules[name].modules():
                 if isinstance(layer, Bank):
@@ -58,7 +54,8 @@ class Model(Wrapper):
             if id(module) in wrapped and name:
                 parent, _, child = name.rpartition(".")
                 modules[parent].add_module(child, wrapped[id(module)])
-        return wrapped.get(id(model), model)
+        self.model = wrapped.get(id(model), model)
+        update_fast_paths(self.model)
 
     def lora_layers(self):
         """The layers that hold tasks."""
@@ -141,10 +138,10 @@ class Model(Wrapper):
             return keys, None
         device = next(self.parameters()).device
         listed = [row.get(name, 0) for row in weights for name in chosen]
-        learned = any(isinstance(w, torch.Tensor) for w in listed)
-        gates = torch.stack([_scalar(w, device) for w in listed]) if learned else torch.tensor(
-            listed, dtype=torch.float32)  # fmt: skip
-        return keys, gates.to(device).view(*((len(weights),) if rows else ()), len(chosen))
+        if any(isinstance(w, torch.Tensor) for w in listed):
+            listed = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=device).reshape(()) for w in listed])
+        gates = torch.as_tensor(listed, dtype=torch.float32, device=device)
+        return keys, gates.view(*((len(weights),) if rows else ()), len(chosen))
 
     def forward(self, *inputs, task=None, tasks=None, **kwargs):
         """The model's forward with a task, with several, or with what the thread's `task` block has chosen."""
@@ -219,7 +216,3 @@ def _weights(row):
     named = isinstance(row, (list, tuple)) and all(isinstance(name, str) for name in row)
     check.value(named, "tasks", repr(row), "a name, a list of names, a dict of weights, or a list of these")
     return {name: row.count(name) for name in row}
-
-
-def _scalar(weight, device):
-    return torch.as_tensor(weight, dtype=torch.float32, device=device).reshape(())

@@ -39,10 +39,8 @@ def _plain(model, base, given):
 
 def place(model, given, prefix):
     """Rename, in place, what a parent's state dict holds of the base model below `prefix`; tasks stay as they are."""
-    base = _base(model)
-    plain = _plain(model, base, {key[len(prefix) :]: given[key] for key in given if key.startswith(prefix)})
-    for key in [key for key in given if key.startswith(prefix)]:
-        del given[key]
+    base, keys = _base(model), [key for key in given if key.startswith(prefix)]
+    plain = _plain(model, base, {key[len(prefix) :]: given.pop(key) for key in keys})
     given.update((f"{prefix}model.{base[n][0]}" if n in base else prefix + n, t) for n, t in plain.items())
     inside = {name for name, _ in base.values()}
     for name, tensor in model.model.state_dict(keep_vars=True).items():
@@ -51,7 +49,6 @@ def place(model, given, prefix):
 
 
 def load_base(model, given, strict, assign):
-    """Load the base model."""
     base = _base(model)
     plain = _plain(model, base, given)
     report = _compare({name: tensor for name, (_, tensor) in base.items()}, plain, strict)
@@ -61,10 +58,10 @@ def load_base(model, given, strict, assign):
 
 
 def task_tensors(model, task):
-    """{(layer's name, parameter's name): parameter} of a task."""
+    """{name below the model, without the task's: parameter} of a task."""
     model._known(task)
     each = ((path, layer.tasks[escape(task)]) for path, layer in model._layers())
-    return {(path, name): tensor for path, module in each for name, tensor in module.state_dict(keep_vars=True).items()}
+    return {join(path, name): p for path, module in each for name, p in module.state_dict(keep_vars=True).items()}
 
 
 def saved_task(model, task):
@@ -92,18 +89,16 @@ def load_task(model, given, task, strict):
         if found is None:
             unexpected.append(key)
         else:
-            source, path, name = found
-            sources.setdefault(source, {})[path, name] = tensor
-    source = task if task in sources or not sources else next(iter(sources))
-    several = len(sources) > 1 and source != task
+            source, *place = found
+            sources.setdefault(source, {})[tuple(place)] = tensor
+    source = task if task in sources else next(iter(sources), task)
     got = f"the tasks {sorted(map(str, sources))}"
-    check.value(not several, "state_dict", got, f"one task, or {task!r} among them")
+    check.value(source == task or len(sources) == 1, "state_dict", got, f"one task, or {task!r} among them")
     tensors = _in_our_layout(sources.get(source, {}), kinds)
     others = [join(path, name) for s, of in sources.items() if s != source for path, name in of]
     report = _compare(own, tensors, strict, unexpected + others)
-    for place, tensor in tensors.items():
-        if place in own:
-            own[place].copy_(tensor)
+    for name in tensors.keys() & own:
+        own[name].copy_(tensors[name])
     return report
 
 
@@ -122,27 +117,23 @@ def _parse(key, kinds, task):
 
 
 def _in_our_layout(tensors, kinds):
-    """lora_A and lora_B of a layer from A and B."""
+    """{name below the model: tensor}, with lora_A and lora_B of a layer from A and B."""
     ours = {place: tensor for place, tensor in tensors.items() if place[1] not in ("A", "B") or not kinds[place[0]]}
     for path in {path for path, _ in tensors.keys() - ours}:
         A, B = (tensors.get((path, name)) for name in "AB")
         pair = zip(("lora_A", "lora_B"), names.to_tasks(kinds[path], A, B), strict=True)
         ours.update(((path, name), tensor) for name, tensor in pair if tensor is not None)
-    return ours
+    return {join(*place): tensor for place, tensor in ours.items()}
 
 
 def _compare(own, given, strict, unexpected=()):
     """torch's report on the keys; RuntimeError for shapes, and for keys if `strict`, before anything is loaded."""
-
-    def show(place):
-        return place if isinstance(place, str) else join(*place)
-
-    missing = [show(place) for place in own if place not in given]
-    unexpected = [*unexpected, *(show(place) for place in given if place not in own)]
+    missing = [name for name in own if name not in given]
+    unexpected = [*unexpected, *(name for name in given if name not in own)]
     wrong = [
-        f"{show(p)}: got shape {tuple(t.shape)}, expected {tuple(own[p].shape)}"
-        for p, t in given.items()
-        if p in own and isinstance(t, torch.Tensor) and t.shape != own[p].shape
+        f"{name}: got shape {tuple(t.shape)}, expected {tuple(own[name].shape)}"
+        for name, t in given.items()
+        if name in own and isinstance(t, torch.Tensor) and t.shape != own[name].shape
     ]
     if wrong or strict and (missing or unexpected):
         lists = (("missing", missing), ("unexpected", unexpected), ("wrong shapes", wrong))
