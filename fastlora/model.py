@@ -39,22 +39,15 @@ def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-li
     `dtype` says otherwise. Returns the model. Raises ValueError: a target without a match, a model injected before, a
     layer whose forward would be passed by.
     """
-    lora_alpha = r if lora_alpha is None else lora_alpha
-    names = find_targets(model, target_modules)
-    if dynamic:
-        # rank 1 has to fit as well
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for name in names:
-            check_convertible(name, modules, 1)
-    adapt(model, dict.fromkeys(names, (r, lora_alpha)), lora_dropout, dtype)
-    if dynamic:
-        for layer in lora_layers(model).values():
-            layer.use_rank(1)
+    plan = dict.fromkeys(find_targets(model, target_modules), (r, r if lora_alpha is None else lora_alpha))
+    adapt(model, plan, lora_dropout, dtype, first=1 if dynamic else None)
+    for layer in lora_layers(model).values() if dynamic else ():
+        layer.use_rank(1)
     return model
 
 
-def adapt(model, plan, lora_dropout=0.0, dtype=None):
-    """`inject` with `plan`, {module name: (r, lora_alpha)}. Nothing changes if any layer is refused."""
+def adapt(model, plan, lora_dropout=0.0, dtype=None, first=None):
+    """`inject` with {module name: (r, lora_alpha)}; nothing changes if a layer refuses its r or the rank `first`."""
     plain = not any(map(holds_adapters, model.modules()))
     check.value(plain, "model", "a model with LoRA layers", "a plain one, as remove(model) leaves it")
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
@@ -62,7 +55,8 @@ def adapt(model, plan, lora_dropout=0.0, dtype=None):
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, (r, lora_alpha) in plan.items():
         check_adapter(r, lora_alpha, lora_dropout, least=1)
-        check_convertible(name, modules, r)
+        for rank in dict.fromkeys((r, first or r)):
+            check_convertible(name, modules, rank)
     for name, (r, lora_alpha) in plan.items():
         layer, base = modules[name], like(modules[name])
         convert(layer)
@@ -85,9 +79,9 @@ def find_targets(model, target_modules):
         found = [name for name in linear if id(fit[name]) not in heads and is_called(name, modules)]
         check.value(found, "target_modules", f"'all-linear' on a {type(model).__name__}", "a model with linear layers")
     else:
-        targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        check.value(targets, "target_modules", target_modules, "names of layers")
         whole = re.compile(target_modules) if isinstance(target_modules, str) else None
+        targets = [target_modules] if whole else list(target_modules)
+        check.value(targets, "target_modules", target_modules, "names of layers")
         found = [name for target in targets for name in _matches(target, whole, modules, fit)]
     # a module that stands under two names is adapted once
     first = {}
@@ -97,16 +91,12 @@ def find_targets(model, target_modules):
 
 
 def _matches(target, whole, modules, fit):
-    def hit(name):
-        return name == target or name.endswith(f".{target}") or (whole is not None and whole.fullmatch(name))
-
-    found = [name for name in modules if hit(name)]
+    found = [name for name in modules if f".{name}".endswith(f".{target}") or whole and whole.fullmatch(name)]
     names = [name for name in found if name in fit]
-    if not names:
-        ends = sorted({end for name in fit for end in (name, name.rpartition(".")[2])})
-        near = ", ".join(difflib.get_close_matches(target, ends, 5, 0.5) or ends[:5])
-        kinds = f"the name of a {type(modules[found[0]]).__name__}" if found else "which matches no module"
-        check.value(False, "target_modules", f"{target!r}, {kinds}", f"layers that can have an adapter, such as {near}")
+    ends = sorted({end for name in fit for end in (name, name.rpartition(".")[2])})
+    near = ", ".join(names or difflib.get_close_matches(target, ends, 5, 0.5) or ends[:5])
+    kinds = f"the name of a {type(modules[found[0]]).__name__}" if found else "which matches no module"
+    check.value(names, "target_modules", f"{target!r}, {kinds}", f"layers that can have an adapter, such as {near}")
     return names
 
 
@@ -121,6 +111,13 @@ def make_plain(model, merged):
     return model
 
 
+def check_merge(model):
+    """Raise ValueError for a layer whose W + ΔW is not one dense weight."""
+    for name, module in model.named_modules():
+        if holds_adapters(module):
+            module.check_merge(name or "model")
+
+
 def merge(model, in_place=False):
     """Let forwards without gradients in eval mode use W + ΔW, built when first wanted; train() or unmerge ends it.
 
@@ -129,25 +126,19 @@ def merge(model, in_place=False):
     second copy, no way back. Returns the model. Raises ValueError for a layer that has no dense weight.
     """
     layers = lora_layers(model)
-    for name, module in model.named_modules():
-        if holds_adapters(module):
-            module.check_merge(name or "model")
+    check_merge(model)
     if not in_place:
         for layer in layers.values():
             layer.merged = True
             layer.refresh()
         return model
-    _untie(model, layers.values())
-    return make_plain(model, merged=True)
-
-
-def _untie(model, layers):
-    """A merged head or embedding is no longer tied: tell a transformers config, or loading would tie them again."""
+    # a merged head or embedding is no longer tied: tell a transformers config, or loading would tie them again
     for module in model.modules():
-        config = getattr(module, "config", None)
-        ends = [f() for name in ("get_output_embeddings", "get_input_embeddings") if (f := getattr(module, name, None))]
-        if getattr(config, "tie_word_embeddings", False) and any(end is layer for layer in layers for end in ends):
+        config, ends = getattr(module, "config", None), ("get_output_embeddings", "get_input_embeddings")
+        found = [find() for name in ends if (find := getattr(module, name, None))]
+        if getattr(config, "tie_word_embeddings", False) and {*map(id, found)} & {*map(id, layers.values())}:
             config.tie_word_embeddings = False
+    return make_plain(model, merged=True)
 
 
 def unmerge(model):

@@ -5,7 +5,6 @@ import json
 import math
 import pathlib
 import re
-import typing
 import warnings
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from fastlora.checkpoint.state import join, owner
 from fastlora.model import adapt, lora_layers
-from fastlora.nn.convert import factor_shapes, kind_of
+from fastlora.nn.convert import kind_of
 from fastlora.nn.fastpath import holds_adapters
 from fastlora.nn.layer import LoRALayer
 from fastlora.nn.names import PEFT_OUT, base_name, from_any_name, put, read, write
@@ -43,17 +42,27 @@ def save_adapter(model, folder):
     """
     inside, modules = lora_layers(model), dict(model.named_modules())
     check.value(inside, "model", "LoRA layers without an adapter of their own", "one with adapters")
-    own = {name: name if m.kind != "projection" else name.rpartition(".")[0] for name, m in inside.items()}
-    layers = {name: modules[name] for name in own.values()}
+    paths = [name.rpartition(".")[0] if layer.kind == "projection" else name for name, layer in inside.items()]
+    layers = {path: modules[path] for path in paths}
     _warn_of_convolutions(layers)
-    write_adapter(model, layers, folder, _trained_biases(model, layers))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and not re.search(r"(^|\.)lora_[AB]", n)]
+    unsaved = [name for name in trained if "bias" not in name]
+    if unsaved:
+        warnings.warn(f"fastlora: {', '.join(unsaved[:3])}: trained, but not saved with an adapter", stacklevel=2)
+    biases = [owner(layers, name) for name in trained if "bias" in name]
+    # PEFT's "lora_only" means the attribute `bias` of a layer
+    only = all(path is not None and rest == "bias" for path, rest in biases)
+    write_adapter(model, layers, folder, "none" if not biases else "lora_only" if only else "all")
 
 
 def write_adapter(model, layers, folder, bias="none"):
     """`save_adapter` of these {name: layer}, which need no more than a layer's description and tensors."""
     written = {name: write(layer, "peft", name) for name, layer in layers.items()}
     named = {join(path, name): tensor for path, tensors in written.items() for name, tensor in tensors.items()}
-    named.update(_biases(model, layers, bias))
+    for name, parameter in model.named_parameters():
+        path, rest = owner(layers, name)
+        if "bias" in name and (bias == "all" or bias == "lora_only" and rest == "bias" and path is not None):
+            named[name if path is None else join(path, base_name(layers[path], "peft", rest))] = parameter
     # copies: safetensors refuses tensors that share memory, as a tied lora_A does
     tensors = {
         f"base_model.model.{name}": t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -78,24 +87,6 @@ def _one(layer):
     return next(iter(layer.projections().values())) if layer.kind == "attention" else layer
 
 
-def _biases(model, layers, bias):
-    for name, parameter in model.named_parameters():
-        path, rest = owner(layers, name)
-        if "bias" in name and (bias == "all" or bias == "lora_only" and rest == "bias" and path is not None):
-            yield name if path is None else join(path, base_name(layers[path], "peft", rest)), parameter
-
-
-def _trained_biases(model, layers):
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and not re.search(r"(^|\.)lora_[AB]", n)]
-    unsaved = [name for name in trained if "bias" not in name]
-    if unsaved:
-        warnings.warn(f"fastlora: {', '.join(unsaved[:3])}: trained, but not saved with an adapter", stacklevel=3)
-    biases = [owner(layers, name) for name in trained if "bias" in name]
-    # PEFT's "lora_only" means the attribute `bias` of a layer
-    only = all(path is not None and rest == "bias" for path, rest in biases)
-    return "none" if not biases else "lora_only" if only else "all"
-
-
 def _config(model, layers, written, bias):
     ranks = {}
     for name, layer in layers.items():
@@ -104,37 +95,28 @@ def _config(model, layers, written, bias):
     r, lora_alpha = collections.Counter(ranks.values()).most_common(1)[0][0]
     # a pattern's key is the end of a name
     keys = {name: f"^{name}" if any(n.endswith(f".{name}") for n in layers) else name for name in layers}
+    # the last parts of the layers' names, where those mean no other module
+    ends = {name.rpartition(".")[2] for name in layers}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
     attention = any(layer.kind == "attention" for layer in layers.values())
     return {
         **({"peft_version": PEFT_VERSION} if attention else {}),
         "peft_type": "LORA",
-        "task_type": None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": r,
         "lora_alpha": lora_alpha,
         "lora_dropout": max(getattr(_one(layer).lora_dropout, "p", 0.0) for layer in layers.values()),
-        "target_modules": _short_targets(model, layers),
+        "target_modules": sorted(ends if meant == set(layers) else layers),
         "rank_pattern": {keys[name]: rank for name, (rank, _) in ranks.items() if rank != r},
         "alpha_pattern": {keys[name]: alpha for name, (_, alpha) in ranks.items() if alpha != lora_alpha},
         "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         "bias": bias,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
     }
 
 
 def _whole(number):
     return int(number) if number == int(number) else number
-
-
-def _short_targets(model, layers):
-    """The last parts of the layers' names, where those mean no other module; else the whole names."""
-    ends = {name.rpartition(".")[2] for name in layers}
-    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
-    return sorted(ends if meant == set(layers) else layers)
 
 
 @torch.no_grad()
@@ -207,14 +189,8 @@ def _check_config(config):
     check.value(start in _INITIALISATIONS, "init_lora_weights", repr(start), "one that leaves the base's weights alone")
 
 
-class Planned(typing.NamedTuple):
-    """One adapter of a file, as this library's layer `path` or a projection of it takes it."""
-
-    path: str
-    r: int
-    lora_alpha: float
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
+# one adapter of a file, as this library's layer `path` or a projection of it takes it
+Planned = collections.namedtuple("Planned", ["path", "r", "lora_alpha", "lora_A", "lora_B"])
 
 
 def _plan(model, config, tensors):
@@ -222,7 +198,7 @@ def _plan(model, config, tensors):
     plan, modules = {}, dict(model.named_modules())
     for path, entries in _by_layer(modules, tensors).items():
         module = modules.get(path)
-        kind = None if module is None else module if holds_adapters(module) else kind_of(module)
+        kind = type(module) if holds_adapters(module) else kind_of(module)
         got = f"a {type(model).__name__} without a layer {path!r} that can have one"
         check.value(kind, "model", got, "the adapter's base model")
         if "out_proj.lora_B" in entries and not _adds_twice(config):
@@ -233,9 +209,11 @@ def _plan(model, config, tensors):
             stored, r = (0 if t is None else len(t) for t in (entries.get("lora_A"), A))
             check.value(stored, path, "no adapter but out_proj's, which PEFT never runs", "one of q, k and v")
             r //= max(sum(module.enable_lora), 1) if kind.kind == "merged" else 1
-            got, expected = (_shape(A), _shape(B)), _shapes(module, kind, r)
-            fits = r and got == expected
-            check.value(fits, join(path, name), "lora_A {} and lora_B {}".format(*got),
+            got = [t if t is None else tuple(t.shape) for t in (A, B)]
+            # an attention layer's has the sizes that it has in PEFT
+            attention = kind.kind == "attention" and ((r, module.embed_dim), (module.embed_dim, r))
+            expected = [*map(tuple, attention or kind.adapter_shapes(module, r))]
+            check.value(r and got == expected, join(path, name), "lora_A {} and lora_B {}".format(*got),
                         "lora_A {} and lora_B {}".format(*expected))  # fmt: skip
             alpha = alpha_of(config, path, stored)
             plan[join(path, name)] = Planned(path, r, alpha if r == stored else _whole(alpha * r / stored), A, B)
@@ -251,17 +229,6 @@ def _adds_twice(config):
         warnings.warn(f"fastlora: an attention layer's out_proj, which PEFT added twice up to {PEFT_VERSION}, is taken "
                       f"once from PEFT {version}", stacklevel=4)  # fmt: skip
     return known
-
-
-def _shape(tensor):
-    return None if tensor is None else tuple(tensor.shape)
-
-
-def _shapes(module, kind, r):
-    if kind.kind == "attention":
-        # the sizes that PEFT's attention layer has
-        return (r, module.embed_dim), (module.embed_dim, r)
-    return tuple(map(tuple, module.adapter_shapes(r) if holds_adapters(module) else factor_shapes(module, r)))
 
 
 def alpha_of(config, path, r):

@@ -5,7 +5,6 @@ import re
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from fastlora.checkpoint.merged import unmerged
 from fastlora.model import lora_layers
 from fastlora.nn.fastpath import holds_adapters
 from fastlora.nn.names import DIALECTS, base_name, from_any_name, put, read, write
@@ -20,8 +19,8 @@ def is_adapter(name):
     return re.search(r"(^|\.)lora_", name) is not None
 
 
-def join(path, name):
-    return ".".join(part for part in (path, name) if part)
+def join(*parts):
+    return ".".join(filter(None, parts))
 
 
 def owner(layers, key):
@@ -47,21 +46,15 @@ def lora_state_dict(model, bias="none", names="fastlora"):
     """
     check.value(bias in ("none", "all", "lora_only"), "bias", repr(bias), "'none', 'all' or 'lora_only'")
     check.value(names in _NAMES, "names", repr(names), f"one of {', '.join(_NAMES)}")
-    several = [path or "model" for path, layer in holders(model).items() if hasattr(layer, "tasks")]
-    only = "a single adapter: tasks.Model.state_dict writes theirs"
-    check.value(not several, next(iter(several), ""), "named tasks", only)
-    state = model.state_dict()
-    adapters = [name for name in state if is_adapter(name)]
-    wanted = set()
-    if bias == "all":
-        wanted.update(name for name in state if "bias" in name)
-    elif bias == "lora_only":
-        kept = {path: m for path, m in holders(model).items() if getattr(m, "r", 1)}
-        wanted.update(join(path, name) for path, m in kept.items() for name in m.biases())
+    layers, state, found = holders(model), model.state_dict(), {}
+    for path, layer in layers.items():
+        check.value(not hasattr(layer, "tasks"), path or "model", "named tasks",
+                    "a single adapter: tasks.Model.state_dict writes theirs")  # fmt: skip
+    wanted = {name for name in state if "bias" in name} if bias == "all" else set()
+    if bias == "lora_only":
+        wanted = {join(path, name) for path, m in layers.items() if getattr(m, "r", 1) for name in m.biases()}
     if names == "fastlora":
-        wanted.update(adapters)
-        return {name: tensor for name, tensor in state.items() if name in wanted}
-    layers, found = holders(model), {}
+        return {name: tensor for name, tensor in state.items() if name in wanted or is_adapter(name)}
     for path, layer in layers.items():
         if layer.kind == "attention" or layer.kind != "projection" and layer.r:
             found.update((join(path, name), tensor) for name, tensor in write(layer, names, path).items())
@@ -88,6 +81,17 @@ def rename(model, state_dict):
     return found
 
 
+def compare(own, given):
+    """(names that `given` lacks, names that it has beside `own`'s, a sentence on each shape that differs)."""
+    missing, unexpected = [name for name in own if name not in given], [name for name in given if name not in own]
+    shapes = [
+        f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+        for name, tensor in given.items()
+        if isinstance(own.get(name), torch.Tensor) and tensor.shape != own[name].shape
+    ]
+    return missing, unexpected, shapes
+
+
 @torch.no_grad()
 def load_lora_state_dict(model, state_dict, base=None, strict=True):
     """Load adapters, or a whole model with adapters, from a state dict of this library or of any other that it knows.
@@ -102,16 +106,59 @@ def load_lora_state_dict(model, state_dict, base=None, strict=True):
     """
     lora_layers(model)
     own, given = model.state_dict(keep_vars=True), rename(model, state_dict)
-    missing = [name for name in own if name not in given]
-    unexpected = [name for name in given if name not in own]
-    faults = [
-        f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        for name, tensor in given.items()
-        if isinstance(own.get(name), torch.Tensor) and tensor.shape != own[name].shape
-    ]
+    missing, unexpected, faults = compare(own, given)
     if strict:
         faults += [f"missing {name}" for name in missing if is_adapter(name)] + [f"unexpected {n}" for n in unexpected]
     if faults:
         raise RuntimeError(f"fastlora: state_dict: {'; '.join(faults)}; nothing was loaded")
     model.load_state_dict(given if base is None else unmerged(holders(model), given, rename(model, base)), strict=False)
     return _IncompatibleKeys(missing, unexpected)
+
+
+def unmerged(layers, tensors, base):
+    """`tensors` with the weights of `base` for layers with an adapter; ValueError for one that is neither W nor W + ΔW.
+
+    Both are compared within the rounding of the coarsest dtype in play. float32 gets 64 roundings: loralib adds and
+    subtracts ΔW at each evaluation, which leaves a trace in W.
+    """
+    found = dict(tensors)
+    for name, parts in _adapted_weights(layers, tensors).items():
+        if name not in tensors or not tensors[name].is_floating_point():
+            continue
+        check.value(name in base, "base", f"no {name}", "a state dict of the pretrained model")
+        want = base[name]
+        got = tensors[name].to(want.device)
+        fits = got.shape == want.shape
+        check.value(fits, "base", f"{name} of shape {tuple(want.shape)}", tuple(got.shape))
+        # ΔW, and the sum of the absolute values that it is made of
+        update, size = torch.zeros_like(want, dtype=torch.float64), torch.zeros_like(want, dtype=torch.float64)
+        for rows, layer, *pair in parts:
+            # PEFT does not merge a grouped convolution
+            if layer.kind == "conv" and layer.form == "peft" and layer.groups > 1:
+                continue
+            factors = [t.to(want.device, torch.float64) for t in pair]
+            for total, of in ((update, factors), (size, [t.abs() for t in factors])):
+                delta = layer.delta(*of) * (layer.lora_alpha / layer.r)
+                total[rows] = delta.t() if layer.fan_in_fan_out else delta
+        eps = max(torch.finfo(t.dtype).eps for _, _, *pair in parts for t in (got, want, *pair))
+        room = max(4 * eps, 2**-17) * (want.double().abs() + size.abs())
+        apart = got.double() - want.double()
+        same = (apart.abs() <= room).all() or ((apart - update).abs() <= room).all()
+        check.value(same, name, f"a weight that is {apart.abs().max():.2g} off the base's",
+                    "the base's, or that plus lora_alpha / r ΔW")  # fmt: skip
+        found[name] = want
+    return found
+
+
+def _adapted_weights(layers, tensors):
+    """{name of a weight: [(rows, the layer that adapts them, its lora_A, its lora_B)]} of the adapters in `tensors`."""
+    found = {}
+    for path, layer in layers.items():
+        each = layer.projections() if layer.kind == "attention" else {"": layer} if layer.kind != "projection" else {}
+        for letter, holder in each.items():
+            _, weight, rows = layer._place(letter) if letter else (layer, "weight", slice(None))
+            pair = [tensors.get(join(path, letter and f"lora_{letter}", f"lora_{x}")) for x in "AB"]
+            if all(t is not None for t in pair):
+                place = join(path, "out_proj" if letter == "o" else "", weight)
+                found.setdefault(place, []).append((rows, holder, *pair))
+    return found

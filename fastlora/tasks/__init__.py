@@ -1,7 +1,10 @@
 """Named tasks: many adapters on one model, chosen for each call, together, or for each batch row.
 
-The interface of TheDiscoMole/LoRA, with simultaneous tasks: a layer with the tasks e computes in one call of the op
-y = base(x) + Σ gate_e · scale_e · (D(x) A_eᵀ) B_eᵀ; a task owns its parameters.
+The interface of TheDiscoMole/LoRA, with simultaneous tasks. A layer with the tasks e computes
+
+    y = base(x) + Σ gate_e · scale_e · (D(x) A_eᵀ) B_eᵀ
+
+in one call of the op, whatever their number; a task owns its parameters.
 """
 
 from fastlora.tasks.adapters import (

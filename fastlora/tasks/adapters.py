@@ -41,11 +41,13 @@ def make_adapter(module, rank=default_rank, lora_alpha=None, init="zero", base=N
 
 
 def Linear(module, rank=default_rank):
-    """A task's adapter for a linear layer, or an embedding, of rank `rank(size of input or table, size of output)`."""
+    """A task's adapter for a linear layer, of rank `rank(in_features, out_features)`, to be registered."""
     return make_adapter(module, rank)
 
 
-Embedding = Linear
+def Embedding(module, rank=default_rank):
+    """A task's adapter for an embedding, of rank `rank(num_embeddings, embedding_dim)`."""
+    return make_adapter(module, rank)
 
 
 def ConvNd(dims, module, rank=default_rank):
@@ -54,7 +56,7 @@ def ConvNd(dims, module, rank=default_rank):
 
 
 base_module_wrappers = {
-    **{conv: functools.partial(ConvNd, dims) for dims, conv in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)},
+    **{cls: functools.partial(ConvNd, dims) for dims, cls in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)},
     nn.Embedding: Embedding,
     nn.Linear: Linear,
 }
@@ -78,15 +80,10 @@ def get_module_task_constructor(module):
     return next((make for base_type, make in base_module_wrappers.items() if isinstance(module, base_type)), None)
 
 
-def find(name, module, seen):
-    """{name: whether the layer becomes a bank of adapters} of what is to be wrapped; a match is not entered."""
-    if id(module) in seen:
-        return {}
-    seen.add(id(module))
-    if custom_constructor(module) or kind_of(module):
-        return {name: becomes_bank(module)}
-    inside = [(child, m) for child, m in module.named_children() if is_called(child, {"": module})]
-    return {k: v for child, m in inside for k, v in find(f"{name}.{child}".lstrip("."), m, seen).items()}
+def custom_constructor(module):
+    """What a user has registered for a module's type; None where fastlora's own adapters are meant."""
+    make = get_module_task_constructor(module)
+    return None if make in _own else make
 
 
 def becomes_bank(module):
@@ -96,7 +93,15 @@ def becomes_bank(module):
         return make is None or isinstance(make(module), TaskAdapter)
 
 
-def custom_constructor(module):
-    """What a user has registered for a module's type, or None; fastlora's own are for the layers that `kind_of` has."""
-    make = get_module_task_constructor(module)
-    return None if make in _own else make
+def find(name, module, seen):
+    """The names of what is to be wrapped; a match is not entered."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    # a subclass with a forward of its own is no layer that has an adapter's formula
+    if custom_constructor(module) or kind_of(module):
+        yield name
+        return
+    for child, m in module.named_children():
+        if is_called(child, {"": module}):
+            yield from find(f"{name}.{child}".lstrip("."), m, seen)

@@ -6,10 +6,10 @@ import copy
 import torch
 from torch import nn
 
-from fastlora.model import find_targets, make_plain
+from fastlora.model import check_merge, find_targets, make_plain
 from fastlora.nn.bank import Bank, Owner, TaskAdapter, TaskProjection, Wrapped, Wrapper, escape
 from fastlora.nn.convert import check_convertible, convert
-from fastlora.nn.fastpath import holds_adapters, update_fast_paths
+from fastlora.nn.fastpath import update_fast_paths
 from fastlora.nn.layer import LoRALayer, check_adapter
 from fastlora.nn.switch import selected, selection
 from fastlora.ops import check
@@ -22,11 +22,12 @@ class Model(Wrapper):
 
     Every linear layer, embedding, convolution and nn.MultiheadAttention of `model`, or those that `target_modules`
     names as in `inject`, gets room for tasks, in place; modules of a type in `base_module_wrappers` get what is
-    registered there. A choice, which belongs to a thread, is a name; a list of names, which are summed; a dict of
-    weights; or a list with one of these, or None, for each batch row, the first dimension of every layer's input; none
-    is the base model. A weight may be a tensor: it gets a gradient, and code is not compiled again for its value, as it
-    is for other names, up to torch._dynamo.config.recompile_limit. `r` and `lora_alpha` are the tasks' defaults:
-    int(sqrt(min(in, out))), and r. Raises ValueError for a layer that cannot have tasks. Source: TheDiscoMole/LoRA.
+    registered there. A choice of tasks is a name; a list of names, which are summed; a dict of weights; or a list with
+    one of these, or None, for each batch row, which has to be the first dimension of every layer's input. Nothing
+    chosen is the base model. The choice belongs to a thread. A weight may be a tensor: it gets a gradient, and compiled
+    code is not compiled again for its value, as it is for other names: torch._dynamo.config.recompile_limit allows
+    eight choices. `r` and `lora_alpha` are the tasks' defaults: int(sqrt(min(in, out))), and r. Raises ValueError for
+    a layer that cannot have tasks. Source: TheDiscoMole/LoRA.
     """
 
     def __init__(self, model, r=None, lora_alpha=None, lora_dropout=0.0, target_modules=None):
@@ -36,25 +37,24 @@ class Model(Wrapper):
         check.value(not held, "model", "a model that has adapters", "a plain one")
         check_adapter(1 if r is None else r, 1 if lora_alpha is None else lora_alpha, lora_dropout, least=1)
         self.defaults, self.owner, self.names = (r, lora_alpha), Owner(), []
-        targets = None if target_modules is None else find_targets(model, target_modules)
         modules = dict(model.named_modules(remove_duplicate=False))
-        found = find("", model, set()) if targets is None else {name: becomes_bank(modules[name]) for name in targets}
+        found = find("", model, set()) if target_modules is None else find_targets(model, target_modules)
+        found = {name: becomes_bank(modules[name]) for name in found}
         check.value(found, "model", f"a {type(model).__name__}", "a model with layers that can have adapters")
         banks = [name for name, bank in found.items() if bank]
         for name in banks:
             check_convertible(name, modules, None)
         for name in banks:
             convert(modules[name], Bank)
-            for layer in modules[name].modules():
-                if isinstance(layer, Bank):
-                    layer.open(self.owner, lora_dropout)
+        for layer in model.modules():
+            if isinstance(layer, Bank):
+                layer.open(self.owner, lora_dropout)
+        self.model = model
         wrapped = {id(modules[name]): Wrapped(modules[name], self.owner) for name, bank in found.items() if not bank}
-        for name, module in modules.items():
-            # under each of a module's names: ties stay
-            if id(module) in wrapped and name:
-                parent, _, child = name.rpartition(".")
-                modules[parent].add_module(child, wrapped[id(module)])
-        self.model = wrapped.get(id(model), model)
+        # under each of a module's names: ties stay
+        for name, module in [*self.named_modules(remove_duplicate=False)]:
+            if id(module) in wrapped:
+                self.set_submodule(name, wrapped[id(module)])
         update_fast_paths(self.model)
 
     def lora_layers(self):
@@ -72,10 +72,9 @@ class Model(Wrapper):
         the output does change. Raises ValueError for a task that is there, unless `exist_ok`.
         """
         check.kind(isinstance(task, str), "task", type(task).__name__, "a name")
-        check.value(task, "task", "''", "a name")
         if exist_ok and task in self.names:
             return self
-        check.value(task not in self.names, "task", repr(task), f"a new name, besides {self.names}")
+        check.value(task and task not in self.names, "task", repr(task), f"a new name, besides {self.names}")
         check.value(init in ("zero", "original"), "init", repr(init), "'zero' or 'original'")
         r = self.defaults[0] if r is None else r
         lora_alpha = self.defaults[1] if lora_alpha is None else lora_alpha
@@ -139,8 +138,9 @@ class Model(Wrapper):
         device = next(self.parameters()).device
         listed = [row.get(name, 0) for row in weights for name in chosen]
         if any(isinstance(w, torch.Tensor) for w in listed):
-            listed = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=device).reshape(()) for w in listed])
-        gates = torch.as_tensor(listed, dtype=torch.float32, device=device)
+            gates = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=device).reshape(()) for w in listed])
+        else:
+            gates = torch.tensor(listed, dtype=torch.float32).to(device)
         return keys, gates.view(*((len(weights),) if rows else ()), len(chosen))
 
     def forward(self, *inputs, task=None, tasks=None, **kwargs):
@@ -164,11 +164,9 @@ class Model(Wrapper):
         A task's names and layouts are the original's: "fc.<task>.module.A" (out, r), "fc.<task>.module.B" (r, in). To
         keep a training run save each task of `names`; what a Trainer writes by itself is the base model.
         """
-        found = state.base_tensors(self) if task is None else state.saved_task(self, task)
+        found = state.base_tensors(self, keep_vars) if task is None else state.saved_task(self, task, keep_vars)
         destination = collections.OrderedDict() if destination is None else destination
-        for name, tensor in found.items():
-            live = keep_vars or not isinstance(tensor, torch.Tensor)
-            destination[prefix + name] = tensor if live else tensor.detach()
+        destination.update((prefix + name, tensor) for name, tensor in found.items())
         return destination
 
     def load_state_dict(self, state_dict, strict=True, assign=None, task=None):
@@ -192,22 +190,19 @@ class Model(Wrapper):
     def merge_and_export(self, tasks=None):
         """A plain copy of the wrapped model with W + Σ gate · ΔW of these tasks, or of those chosen in this thread."""
         keys, gates = selection(self.owner) if tasks is None else self._choose(tasks)
-        for name, layer in self.model.named_modules() if keys else ():
-            if holds_adapters(layer):
-                layer.check_merge(name or "model")
+        if keys:
+            check_merge(self.model)
         plain = copy.deepcopy(self)
-        for name, layer in [("model", plain.model), *plain.named_modules(remove_duplicate=False)]:
+        for name, layer in [*plain.named_modules(remove_duplicate=False)]:
             if isinstance(layer, Wrapped):
-                parent, _, child = name.rpartition(".")
-                plain.get_submodule(parent)._modules[child] = layer.module
+                plain.set_submodule(name, layer.module)
         with selected(plain.owner, keys, gates):
             return make_plain(plain.model, merged=True)
 
 
 def _weights(row):
     """{name: weight} of one choice."""
-    if row is None or isinstance(row, str):
-        return {} if row is None else {row: 1}
+    row = [] if row is None else [row] if isinstance(row, str) else row
     if isinstance(row, dict):
         for name, weight in row.items():
             number = isinstance(weight, (int, float)) or isinstance(weight, torch.Tensor) and weight.numel() == 1
