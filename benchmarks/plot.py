@@ -126,6 +126,7 @@ def block(path):
     if eight:
         lines += ["", f"Eight tasks at once, 1024 → 1024 and rank 8 each, take {', '.join(eight)} the time of one."]
     lines += composition(path.with_name(f"{path.stem}-composition.csv"))
+    lines += serving(path.with_name(f"{path.stem}-serving.csv"))
     drawn = [mode for mode in TITLES if path.with_name(f"{path.stem}-{mode}.png").exists()]
     pictures = [f"![{TITLES[mode]}](benchmarks/results/{path.stem}-{mode}.png)" for mode in drawn]
     return "\n".join([*lines, "", *pictures, "", ""])
@@ -152,6 +153,31 @@ def composition(path):
         f"{rate['original']:.0f} candidates a second by the original, {one:.0f} here one at a time, {eight:.0f} eight "
         f"in a forward ({eight / one:.2f} ×). To the objective that the original has after 40 candidates the better "
         f"search takes 1 / {over:.1f} of its time (median of seeds). Median objective and time of each: {found}.",
+    ]
+
+
+def serving(path):
+    """The figures of many adapters in one batch, a paragraph and a picture of `block`."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        value = {(row["case"], row["method"]): float(row["value"]) for row in csv.DictReader(file) if not row["at"]}
+    layer = ", ".join(
+        f"{value[f'layer {d}', 'fastlora / base']:.2f} × the base layer and 1 / "
+        f"{value[f'layer {d}', 'peft / fastlora']:.1f} of PEFT's `adapter_names` in {d}"
+        for d in ("fp32", "bf16")
+    )
+    return [
+        "",
+        f"Eight sequences of four tokens with eight adapters of ranks 4 to 32, 1024 → 1024: {layer}. SmolLM2-135M, eight "
+        f"requests at once with eight adapters: {value['engine', '8 adapters, tokens/s']:.0f} tokens/s, "
+        f"{value['engine', '8 adapters / base']:.2f} × the same engine without adapters, "
+        f"{value['engine', '8 adapters / peft']:.1f} × PEFT one request after the other. A training step of four adapters "
+        f"in one batch takes 1 / {value['training', 'one after the other / together']:.1f} of four steps. Pages of 100 "
+        f"adapters, ten of rank 64 and the others of rank 8: {value['pool', 'pages / slots of the highest rank']:.2f} of "
+        "slots of rank 64.",
+        "",
+        f"![Many adapters](benchmarks/results/{path.stem}.png)",
     ]
 
 

@@ -183,7 +183,7 @@ def engines(new=64):
     engine.stop()
 
 
-def rates(rounds, tokens, case, repeats=5):
+def rates(rounds, tokens, case, repeats=3):
     """Tokens a second of each, and ratios as medians of the rounds; the first round warms up."""
     seconds = {name: [] for name in rounds}
     for i in range(repeats + 1):
@@ -245,6 +245,29 @@ def row(case, method, value, at=""):
     return {"case": case, "at": at, "method": method, "value": value, "bar": " ".join(map(str, bar or ())), "met": met}
 
 
+def draw(rows, out):
+    """A panel for each sweep: time over the base layer's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sweeps = {}
+    for r in rows:
+        if r["case"].startswith("sweep "):
+            sweeps.setdefault(r["case"].removeprefix("sweep "), []).append((float(r["at"]), float(r["value"])))
+    figure, axes = plt.subplots(1, len(sweeps), figsize=(4.2 * len(sweeps), 3.2), sharey=True, squeeze=False)
+    for axis, (title, points) in zip(axes[0], sweeps.items(), strict=True):
+        axis.plot(*zip(*sorted(points), strict=True), marker="o")
+        axis.set(xscale="log", xlabel=title, ylim=(0.9, 1.6))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("time over the base layer")
+    figure.suptitle(f"1024 → 1024, 128 tokens, fp32, {rows[0]['device']}, {rows[0]['threads']} threads")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
 PARTS = {"layers": layers, "sweeps": sweeps, "memory": memory, "engines": engines, "training": training}
 
 
@@ -269,6 +292,7 @@ def main():
             writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
+    draw(kept, path.with_suffix(".png"))
     print(f"   {path}")
 
 
