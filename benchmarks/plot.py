@@ -169,13 +169,13 @@ def serving(path):
     )
     return [
         "",
-        f"Eight sequences of four tokens with eight adapters of ranks 4 to 32, 1024 → 1024: {layer}. SmolLM2-135M, eight "
-        f"requests at once with eight adapters: {value['engine', '8 adapters, tokens/s']:.0f} tokens/s, "
+        f"Eight sequences of four tokens with eight adapters of ranks 4 to 32, 1024 → 1024: {layer}. SmolLM2-135M, "
+        f"eight requests at once with eight adapters: {value['engine', '8 adapters, tokens/s']:.0f} tokens/s, "
         f"{value['engine', '8 adapters / base']:.2f} × the same engine without adapters, "
-        f"{value['engine', '8 adapters / peft']:.1f} × PEFT one request after the other. A training step of four adapters "
-        f"in one batch takes 1 / {value['training', 'one after the other / together']:.1f} of four steps. Pages of 100 "
-        f"adapters, ten of rank 64 and the others of rank 8: {value['pool', 'pages / slots of the highest rank']:.2f} of "
-        "slots of rank 64.",
+        f"{value['engine', '8 adapters / peft']:.1f} × PEFT one request after the other. A training step of four "
+        f"adapters in one batch takes 1 / {value['training', 'one after the other / together']:.1f} of four steps. "
+        "Pages of 100 adapters, ten of rank 64 and the others of rank 8: "
+        f"{value['pool', 'pages / slots of the highest rank']:.2f} of slots of rank 64.",
         "",
         f"![Many adapters](benchmarks/results/{path.stem}.png)",
     ]
