@@ -121,6 +121,13 @@ def make_plain(model, merged):
     return model
 
 
+def check_merge(model):
+    """Raise ValueError for a layer whose W + ΔW is not one dense weight."""
+    for name, module in model.named_modules():
+        if holds_adapters(module):
+            module.check_merge(name or "model")
+
+
 def merge(model, in_place=False):
     """Let forwards without gradients in eval mode use W + ΔW, built when first wanted; train() or unmerge ends it.
 
@@ -129,9 +136,7 @@ def merge(model, in_place=False):
     second copy, no way back. Returns the model. Raises ValueError for a layer that has no dense weight.
     """
     layers = lora_layers(model)
-    for name, module in model.named_modules():
-        if holds_adapters(module):
-            module.check_merge(name or "model")
+    check_merge(model)
     if not in_place:
         for layer in layers.values():
             layer.merged = True

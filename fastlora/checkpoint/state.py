@@ -88,6 +88,17 @@ def rename(model, state_dict):
     return found
 
 
+def compare(own, given):
+    """(names that `given` lacks, names that it has beside `own`'s, a sentence on each shape that differs)."""
+    missing, unexpected = [name for name in own if name not in given], [name for name in given if name not in own]
+    shapes = [
+        f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+        for name, tensor in given.items()
+        if isinstance(own.get(name), torch.Tensor) and tensor.shape != own[name].shape
+    ]
+    return missing, unexpected, shapes
+
+
 @torch.no_grad()
 def load_lora_state_dict(model, state_dict, base=None, strict=True):
     """Load adapters, or a whole model with adapters, from a state dict of this library or of any other that it knows.
@@ -102,13 +113,7 @@ def load_lora_state_dict(model, state_dict, base=None, strict=True):
     """
     lora_layers(model)
     own, given = model.state_dict(keep_vars=True), rename(model, state_dict)
-    missing = [name for name in own if name not in given]
-    unexpected = [name for name in given if name not in own]
-    faults = [
-        f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        for name, tensor in given.items()
-        if isinstance(own.get(name), torch.Tensor) and tensor.shape != own[name].shape
-    ]
+    missing, unexpected, faults = compare(own, given)
     if strict:
         faults += [f"missing {name}" for name in missing if is_adapter(name)] + [f"unexpected {n}" for n in unexpected]
     if faults:

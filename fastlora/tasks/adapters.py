@@ -1,5 +1,6 @@
 """The adapters of a task, and which modules get what: TheDiscoMole/LoRA's registry of types."""
 
+import functools
 import math
 
 import torch
@@ -20,7 +21,6 @@ def default_rank(*sizes):
 
 def make_adapter(module, rank=default_rank, lora_alpha=None, init="zero", base=None):
     """A TaskAdapter for a layer, of scale lora_alpha / rank; `rank` is a number or a function of the layer's sizes."""
-    check.value(init in ("zero", "original"), "init", repr(init), "'zero' or 'original'")
     kind = type(module) if isinstance(module, LoRALayer) else kind_of(module)
     check.value(kind, "module", f"a {type(module).__name__}", "a layer that can have an adapter")
     if callable(rank):
@@ -55,7 +55,12 @@ def ConvNd(dims, module, rank=default_rank):
     return make_adapter(module, rank)
 
 
-base_module_wrappers = {}
+base_module_wrappers = {
+    **{cls: functools.partial(ConvNd, dims) for dims, cls in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)},
+    nn.Embedding: Embedding,
+    nn.Linear: Linear,
+}
+_own = tuple(base_module_wrappers.values())
 
 
 def register_base_module_wrapper(base_type, constructor):
@@ -75,26 +80,10 @@ def get_module_task_constructor(module):
     return next((make for base_type, make in base_module_wrappers.items() if isinstance(module, base_type)), None)
 
 
-for _dims, _type in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1):
-    register_base_module_wrapper(_type, lambda module, dims=_dims: ConvNd(dims, module))
-register_base_module_wrapper(nn.Embedding, Embedding)
-register_base_module_wrapper(nn.Linear, Linear)
-_own = tuple(base_module_wrappers.values())
-
-
-def find(name, module, seen):
-    """{name: whether the layer becomes a bank of adapters} of what is to be wrapped; a match is not entered."""
+def custom_constructor(module):
+    """What a user has registered for a module's type; None where fastlora's own adapters are meant."""
     make = get_module_task_constructor(module)
-    if make in _own:
-        # a subclass with a forward of its own is no layer that has an adapter's formula
-        make = None
-    if id(module) in seen:
-        return {}
-    seen.add(id(module))
-    if make is not None or kind_of(module):
-        return {name: becomes_bank(module)}
-    inside = [(child, m) for child, m in module.named_children() if is_called(child, {"": module})]
-    return {k: v for child, m in inside for k, v in find(f"{name}.{child}".lstrip("."), m, seen).items()}
+    return None if make in _own else make
 
 
 def becomes_bank(module):
@@ -104,7 +93,15 @@ def becomes_bank(module):
         return make is None or isinstance(make(module), TaskAdapter)
 
 
-def custom_constructor(module):
-    """What a user has registered for a module's type; None where fastlora's own adapters are meant."""
-    make = get_module_task_constructor(module)
-    return None if make in _own else make
+def find(name, module, seen):
+    """The names of what is to be wrapped; a match is not entered."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    # a subclass with a forward of its own is no layer that has an adapter's formula
+    if custom_constructor(module) or kind_of(module):
+        yield name
+        return
+    for child, m in module.named_children():
+        if is_called(child, {"": module}):
+            yield from find(f"{name}.{child}".lstrip("."), m, seen)

@@ -6,10 +6,10 @@ import copy
 import torch
 from torch import nn
 
-from fastlora.model import find_targets, make_plain
+from fastlora.model import check_merge, find_targets, make_plain
 from fastlora.nn.bank import Bank, TaskAdapter, TaskProjection, Wrapped, escape
 from fastlora.nn.convert import check_convertible, convert
-from fastlora.nn.fastpath import holds_adapters, update_fast_paths
+from fastlora.nn.fastpath import update_fast_paths
 from fastlora.nn.layer import LoRALayer, check_adapter
 from fastlora.nn.switch import selected, selection
 from fastlora.ops import check
@@ -38,28 +38,25 @@ class Model(Wrapper):
         check.value(not held, "model", "a model that has adapters", "a plain one")
         check_adapter(1 if r is None else r, 1 if lora_alpha is None else lora_alpha, lora_dropout, least=1)
         self.defaults, self.owner, self.names = (r, lora_alpha), Owner(), []
-        targets = None if target_modules is None else find_targets(model, target_modules)
         modules = dict(model.named_modules(remove_duplicate=False))
-        found = find("", model, set()) if targets is None else {name: becomes_bank(modules[name]) for name in targets}
+        found = find("", model, set()) if target_modules is None else find_targets(model, target_modules)
+        found = {name: becomes_bank(modules[name]) for name in found}
         check.value(found, "model", f"a {type(model).__name__}", "a model with layers that can have adapters")
-        for name in (name for name, bank in found.items() if bank):
+        banks = [name for name, bank in found.items() if bank]
+        for name in banks:
             check_convertible(name, modules, None)
-        self.model = self._wrap(model, modules, found, lora_dropout)
-        update_fast_paths(self.model)
-
-    def _wrap(self, model, modules, found, lora_dropout):
-        for name in (name for name, bank in found.items() if bank):
+        for name in banks:
             convert(modules[name], Bank)
-            for layer in modules[name].modules():
-                if isinstance(layer, Bank):
-                    layer.open(self.owner, lora_dropout)
+        for layer in model.modules():
+            if isinstance(layer, Bank):
+                layer.open(self.owner, lora_dropout)
+        self.model = model
         wrapped = {id(modules[name]): Wrapped(modules[name], self.owner) for name, bank in found.items() if not bank}
-        for name, module in modules.items():
-            # under each of a module's names: ties stay
-            if id(module) in wrapped and name:
-                parent, _, child = name.rpartition(".")
-                modules[parent].add_module(child, wrapped[id(module)])
-        return wrapped.get(id(model), model)
+        # under each of a module's names: ties stay
+        for name, module in [*self.named_modules(remove_duplicate=False)]:
+            if id(module) in wrapped:
+                self.set_submodule(name, wrapped[id(module)])
+        update_fast_paths(self.model)
 
     def lora_layers(self):
         """The layers that hold tasks."""
@@ -76,10 +73,9 @@ class Model(Wrapper):
         the output does change. Raises ValueError for a task that is there, unless `exist_ok`.
         """
         check.kind(isinstance(task, str), "task", type(task).__name__, "a name")
-        check.value(task, "task", "''", "a name")
         if exist_ok and task in self.names:
             return self
-        check.value(task not in self.names, "task", repr(task), f"a new name, besides {self.names}")
+        check.value(task and task not in self.names, "task", repr(task), f"a new name, besides {self.names}")
         check.value(init in ("zero", "original"), "init", repr(init), "'zero' or 'original'")
         r = self.defaults[0] if r is None else r
         lora_alpha = self.defaults[1] if lora_alpha is None else lora_alpha
@@ -142,10 +138,11 @@ class Model(Wrapper):
             return keys, None
         device = next(self.parameters()).device
         listed = [row.get(name, 0) for row in weights for name in chosen]
-        learned = any(isinstance(w, torch.Tensor) for w in listed)
-        gates = torch.stack([_scalar(w, device) for w in listed]) if learned else torch.tensor(
-            listed, dtype=torch.float32)  # fmt: skip
-        return keys, gates.to(device).view(*((len(weights),) if rows else ()), len(chosen))
+        if any(isinstance(w, torch.Tensor) for w in listed):
+            gates = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=device).view(()) for w in listed])
+        else:
+            gates = torch.tensor(listed, dtype=torch.float32).to(device)
+        return keys, gates.view(*((len(weights),) if rows else ()), len(chosen))
 
     def forward(self, *inputs, task=None, tasks=None, **kwargs):
         """The model's forward with a task, with several, or with what the thread's `task` block has chosen."""
@@ -196,22 +193,19 @@ class Model(Wrapper):
     def merge_and_export(self, tasks=None):
         """A plain copy of the wrapped model with W + Σ gate · ΔW of these tasks, or of those chosen in this thread."""
         keys, gates = selection(self.owner) if tasks is None else self._choose(tasks)
-        for name, layer in self.model.named_modules() if keys else ():
-            if holds_adapters(layer):
-                layer.check_merge(name or "model")
+        if keys:
+            check_merge(self.model)
         plain = copy.deepcopy(self)
-        for name, layer in [("model", plain.model), *plain.named_modules(remove_duplicate=False)]:
+        for name, layer in [*plain.named_modules(remove_duplicate=False)]:
             if isinstance(layer, Wrapped):
-                parent, _, child = name.rpartition(".")
-                plain.get_submodule(parent)._modules[child] = layer.module
+                plain.set_submodule(name, layer.module)
         with selected(plain.owner, keys, gates):
             return make_plain(plain.model, merged=True)
 
 
 def _weights(row):
     """{name: weight} of one choice."""
-    if row is None or isinstance(row, str):
-        return {} if row is None else {row: 1}
+    row = [] if row is None else [row] if isinstance(row, str) else row
     if isinstance(row, dict):
         for name, weight in row.items():
             number = isinstance(weight, (int, float)) or isinstance(weight, torch.Tensor) and weight.numel() == 1
@@ -220,7 +214,3 @@ def _weights(row):
     named = isinstance(row, (list, tuple)) and all(isinstance(name, str) for name in row)
     check.value(named, "tasks", repr(row), "a name, a list of names, a dict of weights, or a list of these")
     return {name: row.count(name) for name in row}
-
-
-def _scalar(weight, device):
-    return torch.as_tensor(weight, dtype=torch.float32, device=device).reshape(())

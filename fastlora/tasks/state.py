@@ -3,7 +3,7 @@
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from fastlora.checkpoint.state import join, owner
+from fastlora.checkpoint.state import compare, join, owner
 from fastlora.nn import names
 from fastlora.nn.bank import Wrapped, escape
 from fastlora.ops import check
@@ -11,39 +11,31 @@ from fastlora.ops import check
 
 def base_tensors(model):
     """{name: tensor} of the base model, under the names it had before it was wrapped."""
-    return {plain: tensor for plain, (_, tensor) in _base(model).items()}
+    return {plain: tensor for plain, (_, tensor) in _base(model)[0].items()}
 
 
 def _base(model):
-    """{plain name: (name inside, tensor)}; a user's wrapped module keeps its own tensors below `module`."""
-    layers, base = dict(model._layers(every_name=True)), {}
+    """({plain name: (name inside, tensor)}, {the original's name, as "fc.module.weight": plain name})."""
+    layers, base, originals = dict(model._layers(every_name=True)), {}, {}
     for name, tensor in model.model.state_dict(keep_vars=True).items():
         path, rest = owner(layers, name)
         if path is None:
             base[name] = name, tensor
         elif not rest.startswith("tasks."):
-            wrapped = isinstance(layers[path], Wrapped)
-            base[join(path, rest.removeprefix("module.") if wrapped else rest)] = name, tensor
-    return base
-
-
-def _plain(model, base, given):
-    """`given` with the original's "fc.module.weight" as "fc.weight"."""
-    layers, plain = dict(model._layers(every_name=True)), {}
-    for name, tensor in given.items():
-        path, rest = owner(layers, name)
-        original = path is not None and name not in base and rest.startswith("module.")
-        plain[join(path, rest.removeprefix("module.")) if original else name] = tensor
-    return plain
+            # a user's wrapped module keeps its own tensors below `module`
+            rest = rest.removeprefix("module.") if isinstance(layers[path], Wrapped) else rest
+            base[join(path, rest)] = name, tensor
+            originals[join(path, f"module.{rest}")] = join(path, rest)
+    return base, originals
 
 
 def place(model, given, prefix):
     """Rename, in place, what a parent's state dict holds of the base model below `prefix`; tasks stay as they are."""
-    base = _base(model)
-    plain = _plain(model, base, {key[len(prefix) :]: given[key] for key in given if key.startswith(prefix)})
+    base, originals = _base(model)
     for key in [key for key in given if key.startswith(prefix)]:
-        del given[key]
-    given.update((f"{prefix}model.{base[n][0]}" if n in base else prefix + n, t) for n, t in plain.items())
+        name = key[len(prefix) :]
+        plain = name if name in base else originals.get(name, name)
+        given[f"{prefix}model.{base[plain][0]}" if plain in base else key] = given.pop(key)
     inside = {name for name, _ in base.values()}
     for name, tensor in model.model.state_dict(keep_vars=True).items():
         if name not in inside:
@@ -52,19 +44,19 @@ def place(model, given, prefix):
 
 def load_base(model, given, strict, assign):
     """Load the base model."""
-    base = _base(model)
-    plain = _plain(model, base, given)
-    report = _compare({name: tensor for name, (_, tensor) in base.items()}, plain, strict)
+    base, originals = _base(model)
+    plain = {name if name in base else originals.get(name, name): tensor for name, tensor in given.items()}
+    report = _report({name: tensor for name, (_, tensor) in base.items()}, plain, strict)
     inside = {base[name][0]: tensor for name, tensor in plain.items() if name in base}
     model.model.load_state_dict(inside, strict=False, assign=assign)
     return report
 
 
 def task_tensors(model, task):
-    """{(layer's name, parameter's name): parameter} of a task."""
+    """{name: parameter} of a task, below the layers' names."""
     model._known(task)
     each = ((path, layer.tasks[escape(task)]) for path, layer in model._layers())
-    return {(path, name): tensor for path, module in each for name, tensor in module.state_dict(keep_vars=True).items()}
+    return {join(path, name): t for path, module in each for name, t in module.state_dict(keep_vars=True).items()}
 
 
 def saved_task(model, task):
@@ -85,25 +77,22 @@ def load_task(model, given, task, strict):
     """Load a task from a file of this or of one other task."""
     own = task_tensors(model, task)
     kinds = {path: None if isinstance(layer, Wrapped) else layer.kind for path, layer in model._layers()}
-    sources, unexpected = {}, []
-    for key, tensor in given.items():
-        # a task may be called base_layer
-        found = _parse(key, kinds, task) or _parse(names.from_any_name(key), kinds, task)
-        if found is None:
-            unexpected.append(key)
+    # a task may be called base_layer
+    found = {key: _parse(key, kinds, task) or _parse(names.from_any_name(key), kinds, task) for key in given}
+    sources = {place[0] for place in found.values() if place}
+    source = task if task in sources or not sources else next(place[0] for place in found.values() if place)
+    check.value(len(sources) < 2 or source == task, "state_dict", f"the tasks {sorted(map(str, sources))}",
+                f"one task, or {task!r} among them")  # fmt: skip
+    tensors, others = {}, []
+    for key, place in found.items():
+        if place and place[0] == source:
+            name, tensor = _in_our_layout(kinds[place[1]], place[2], given[key])
+            tensors[join(place[1], name)] = tensor
         else:
-            source, path, name = found
-            sources.setdefault(source, {})[path, name] = tensor
-    source = task if task in sources or not sources else next(iter(sources))
-    several = len(sources) > 1 and source != task
-    got = f"the tasks {sorted(map(str, sources))}"
-    check.value(not several, "state_dict", got, f"one task, or {task!r} among them")
-    tensors = _in_our_layout(sources.get(source, {}), kinds)
-    others = [join(path, name) for s, of in sources.items() if s != source for path, name in of]
-    report = _compare(own, tensors, strict, unexpected + others)
-    for place, tensor in tensors.items():
-        if place in own:
-            own[place].copy_(tensor)
+            others.append(key)
+    report = _report(own, tensors, strict, others)
+    for name in own.keys() & tensors.keys():
+        own[name].copy_(tensors[name])
     return report
 
 
@@ -121,29 +110,18 @@ def _parse(key, kinds, task):
     return (source, path, name) if found else None
 
 
-def _in_our_layout(tensors, kinds):
-    """lora_A and lora_B of a layer from A and B."""
-    ours = {place: tensor for place, tensor in tensors.items() if place[1] not in ("A", "B") or not kinds[place[0]]}
-    for path in {path for path, _ in tensors.keys() - ours}:
-        A, B = (tensors.get((path, name)) for name in "AB")
-        pair = zip(("lora_A", "lora_B"), names.from_tasks(kinds[path], A, B), strict=True)
-        ours.update(((path, name), tensor) for name, tensor in pair if tensor is not None)
-    return ours
+def _in_our_layout(kind, name, tensor):
+    """lora_A or lora_B of A or B; a user's module keeps its own."""
+    if not kind or name not in ("A", "B"):
+        return name, tensor
+    A, B = names.from_tasks(kind, *(tensor if name == letter else None for letter in "AB"))
+    return ("lora_A", A) if B is None else ("lora_B", B)
 
 
-def _compare(own, given, strict, unexpected=()):
+def _report(own, given, strict, unexpected=()):
     """torch's report on the keys; RuntimeError for shapes, and for keys if `strict`, before anything is loaded."""
-
-    def show(place):
-        return place if isinstance(place, str) else join(*place)
-
-    missing = [show(place) for place in own if place not in given]
-    unexpected = [*unexpected, *(show(place) for place in given if place not in own)]
-    wrong = [
-        f"{show(p)}: got shape {tuple(t.shape)}, expected {tuple(own[p].shape)}"
-        for p, t in given.items()
-        if p in own and isinstance(t, torch.Tensor) and t.shape != own[p].shape
-    ]
+    missing, more, wrong = compare(own, given)
+    unexpected = [*unexpected, *more]
     if wrong or strict and (missing or unexpected):
         lists = (("missing", missing), ("unexpected", unexpected), ("wrong shapes", wrong))
         found = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in lists if keys)
