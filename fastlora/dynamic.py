@@ -25,21 +25,9 @@ from fastlora.nn.switch import rows_ranked
 from fastlora.ops import check
 
 __all__ = [
-    "Conv2d",
-    "DyLinear",
-    "Embedding",
-    "LoRALayer",
-    "Linear",
-    "MergedLinear",
-    "evaluate_ranks",
-    "hold_frozen_rows",
-    "lora_state_dict",
-    "mark_only_lora_as_trainable",
-    "model_rank",
-    "row_ranks",
-    "sample",
-    "truncate",
-]
+    "Conv2d", "DyLinear", "Embedding", "LoRALayer", "Linear", "MergedLinear", "evaluate_ranks", "hold_frozen_rows",
+    "lora_state_dict", "mark_only_lora_as_trainable", "model_rank", "row_ranks", "sample", "truncate",
+]  # fmt: skip
 
 # what hold_frozen_rows returned; layers whose backward looks for it
 _holds, _watched = weakref.WeakSet(), weakref.WeakSet()
@@ -74,8 +62,7 @@ class DyLinear(static.Linear):
         """Use `rank` + 1 components from now on, 0 <= rank < r; with `frozen` only the last of them trains."""
         check.value(self.r, "rank", f"{rank!r} on a layer without an adapter", "a layer of r >= 1")
         check.value(_whole(rank) and 0 <= rank < self.r, "rank", repr(rank), f"an index from 0 to {self.r - 1}")
-        _set([self], rank + 1, frozen)
-        self.forget_runs()
+        _set([self], rank + 1, frozen, new_step=True)
 
 
 Linear = DyLinear
@@ -96,13 +83,18 @@ def _layers(model):
     return layers
 
 
-def _set(layers, rank, frozen):
-    most = max(layer.r for layer in layers)
-    valid = rank is None or _whole(rank) and 1 <= rank <= most
-    check.value(valid, "rank", repr(rank), f"an integer from 1 to {most}")
+def _most(layers):
+    return max(layer.r for layer in layers)
+
+
+def _set(layers, rank, frozen=False, new_step=False):
+    most = _most(layers)
+    check.value(rank is None or _whole(rank) and 1 <= rank <= most, "rank", repr(rank), f"an integer from 1 to {most}")
     check.value(rank or not frozen, "frozen", frozen, "False where the rank is None")
     for layer in layers:
         layer.use_rank(rank and min(rank, layer.r), frozen)
+        if new_step:
+            layer.forget_runs()
         if frozen and layer not in _watched:
             _watched.add(layer)
             for parameter in filter(lambda p: p.requires_grad, (layer.lora_A, layer.lora_B)):
@@ -158,16 +150,14 @@ def sample(model, step, seed=0, frozen=False, distribution="uniform"):
     step that is no integer.
     """
     layers = _layers(model)
-    most = max(layer.r for layer in layers)
-    weights = [1] * most if isinstance(distribution, str) and distribution == "uniform" else distribution
+    most = _most(layers)
+    weights = [1] * most if distribution == "uniform" else distribution
     listed = isinstance(weights, (list, tuple)) and len(weights) == most
     fits = listed and all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights) and sum(weights) > 0
     check.value(fits, "distribution", repr(distribution), f"'uniform' or {most} weights, none negative")
     check.kind(isinstance(step, int) and isinstance(seed, int), "step", f"{step!r} with seed {seed!r}", "integers")
     rank = random.Random(f"{seed} {step}").choices(range(1, most + 1), weights)[0]
-    _set(layers, rank, frozen)
-    for layer in layers:
-        layer.forget_runs()
+    _set(layers, rank, frozen, new_step=True)
     return rank
 
 
@@ -178,8 +168,7 @@ def row_ranks(model, ranks):
     in it. Raises ValueError for a rank outside 1 to r.
     """
     layers = _layers(model)
-    most = max(layer.r for layer in layers)
-    given = getattr(ranks, "tolist", lambda: ranks)()
+    most, given = _most(layers), getattr(ranks, "tolist", lambda: ranks)()
     valid = isinstance(given, (list, tuple)) and given and all(_whole(k) and 1 <= k <= most for k in given)
     check.value(valid, "ranks", repr(given), f"a list of integers from 1 to {most}")
     return rows_ranked(layers, torch.tensor(given, dtype=torch.float32))
@@ -193,9 +182,8 @@ def truncate(model, k):
     check.value(k is not None, "rank", k, "an integer")
     model = copy.deepcopy(model)
     layers = _layers(model)
-    _set(layers, k, False)
+    _set(layers, k, new_step=True)
     for layer in layers:
-        layer.forget_runs()
         pair = layer.narrow(layer.lora_A.detach(), layer.lora_B.detach(), 0, layer.rank)
         for name, old, new in zip(("lora_A", "lora_B"), (layer.lora_A, layer.lora_B), pair, strict=True):
             setattr(layer, name, nn.Parameter(new.clone(), requires_grad=old.requires_grad))
@@ -216,10 +204,9 @@ def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
     """
     check.value(tolerance >= 0, "tolerance", tolerance, "a number of at least 0")
     values = {}
-    with model_rank(model, None):
-        layers = _layers(model)
-        for k in range(1, max(layer.r for layer in layers) + 1):
-            _set(layers, k, False)
+    with model_rank(model, None) as own:
+        for k in range(1, _most(own.layers) + 1):
+            _set(own.layers, k)
             values[k] = fn(model)
     signed = {k: value if higher_is_better else -value for k, value in values.items() if not math.isnan(value)}
     check.value(signed, "fn", "NaN at every rank", "a number")
@@ -227,30 +214,27 @@ def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
     return RankReport(values, next(k for k, value in signed.items() if value >= best - tolerance))
 
 
-def hold_frozen_rows(optimizer):
+class hold_frozen_rows:
     """Make frozen mode exact: after each `optimizer.step()`, all but the live component are as they were before it.
 
     A zero gradient still decays a row under AdamW and carries its momentum; this puts the rows back, those above k too,
     and their optimizer state. The live component is that of the rank at the end of `step()`. It needs a copy of the
-    adapters and of their state during a step. Returns a handle whose `remove()` ends it. Raises TypeError for
-    optimizers whose state has no entry for each entry of a parameter.
+    adapters and of their state during a step. `remove()` of what is returned ends it. Raises TypeError for optimizers
+    whose state has no entry for each entry of a parameter.
     """
-    # accelerate's is a wrapper
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    refused = any(cls.__name__ in _REFUSED for cls in type(optimizer).__mro__)
-    fits = isinstance(optimizer, torch.optim.Optimizer) and not refused
-    expected = "one whose state has each parameter's shape, such as torch.optim.AdamW"
-    check.kind(fits, "optimizer", type(optimizer).__name__, expected)
-    return _Hold(optimizer)
 
-
-class _Hold:
     def __init__(self, optimizer):
+        # accelerate's is a wrapper
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        refused = any(cls.__name__ in _REFUSED for cls in type(optimizer).__mro__)
+        check.kind(isinstance(optimizer, torch.optim.Optimizer) and not refused, "optimizer", type(optimizer).__name__,
+                   "one whose state has each parameter's shape, such as torch.optim.AdamW")  # fmt: skip
         self.optimizer, self.before, self.ids = optimizer, {}, frozenset()
         self.hooks = optimizer.register_step_pre_hook(self._copy), optimizer.register_step_post_hook(self._put_back)
         _holds.add(self)
 
     def remove(self):
+        """Let the optimizer move every component again."""
         for hook in self.hooks:
             hook.remove()
         _holds.discard(self)
@@ -262,14 +246,12 @@ class _Hold:
         return id(parameter) in self.ids
 
     def _copy(self, optimizer, args, kwargs):
-        # a step whose closure raised has left its copies
-        self.before = {}
         # a closure may set the rank
         may_change = len(args) > 1 or bool(kwargs)
         # a layer that `remove` made plain again has no rank
         ranked = [m for m in ranked_layers if isinstance(m, LoRALayer) and (m.frozen or may_change)]
-        for layer, parameter in ((m, p) for m in ranked for p in (m.lora_A, m.lora_B) if self.has(p)):
-            self.before[parameter] = layer, {key: t.clone() for key, t in _rowed(optimizer, parameter)}
+        held = [(p, m) for m in ranked for p in (m.lora_A, m.lora_B) if self.has(p)]
+        self.before = {p: (m, {key: t.clone() for key, t in _rowed(optimizer, p)}) for p, m in held}
 
     @torch.no_grad()
     def _put_back(self, optimizer, *_):

@@ -1,5 +1,7 @@
 """Which back-end runs a call, and why the others do not, in words."""
 
+import typing
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,11 +12,10 @@ from fastlora.nn.linear import DenseLoRA, OpaqueLoRA
 from fastlora.nn.rows import rank_list
 
 
-class Explanation:
+class Explanation(typing.NamedTuple):
     """What `explain` found: `calls` holds (where, op, back-end or None, {back-end: objection or None})."""
 
-    def __init__(self, calls):
-        self.calls = calls
+    calls: list
 
     def __str__(self):
         if not self.calls:
@@ -29,17 +30,13 @@ class Explanation:
 
 
 def _reasons(op, args):
-    chosen, why = backends.walk(op, *args)[-1]
+    """(the back-end that runs the call, or None, {back-end: why it does not})"""
+    why = {name: backends.objection(op, name, *args) for name in backends.NAMES}
     asked = backends.order(op, *args)
-    reasons = {}
-    for name in backends.NAMES:
-        sentence = backends.objection(op, name, *args)
-        if sentence is None and name not in asked:
-            sentence = backends.passed_over(name)
-        elif sentence is None and name != chosen:
-            sentence = f"it comes after {chosen}"
-        reasons[name] = sentence
-    return (chosen if why is None else None), reasons
+    chosen = next((name for name in asked if why[name] is None), None)
+    for name in why.keys() - {chosen}:
+        why[name] = why[name] or (f"it comes after {chosen}" if name in asked else backends.passed_over(name))
+    return chosen, why
 
 
 class _Record(TorchDispatchMode):
@@ -71,18 +68,15 @@ def explain(call, *args, **kwargs):
 
 
 def _layer(name, module):
+    """The entries of a layer that is not run; an attention layer speaks for its projections, whose W it holds."""
     if isinstance(module, AttentionLoRA):
         weights = module.projection_weights()
         found = [(f"{name}.lora_{n}".strip("."), p, weights[n]) for n, p in module.projections().items()]
     else:
-        adapted = isinstance(module, LoRALayer) and not isinstance(module, ProjectionLoRA)
-        found = [(name, module, None)] if adapted else []
-    return [
-        (where and f"{where}: ", op, *_reasons(op, args))
-        for where, layer, weight in found
-        if layer.r
-        for op, args in _calls(layer, weight)
-    ]
+        found = [] if isinstance(module, ProjectionLoRA) else [(name, module, None)]
+    for where, layer, weight in found:
+        if isinstance(layer, LoRALayer) and layer.r:
+            yield from ((where and f"{where}: ", op, *_reasons(op, args)) for op, args in _calls(layer, weight))
 
 
 def _calls(layer, weight):

@@ -39,22 +39,15 @@ def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-li
     `dtype` says otherwise. Returns the model. Raises ValueError: a target without a match, a model injected before, a
     layer whose forward would be passed by.
     """
-    lora_alpha = r if lora_alpha is None else lora_alpha
-    names = find_targets(model, target_modules)
-    if dynamic:
-        # rank 1 has to fit as well
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for name in names:
-            check_convertible(name, modules, 1)
-    adapt(model, dict.fromkeys(names, (r, lora_alpha)), lora_dropout, dtype)
-    if dynamic:
-        for layer in lora_layers(model).values():
-            layer.use_rank(1)
+    plan = dict.fromkeys(find_targets(model, target_modules), (r, r if lora_alpha is None else lora_alpha))
+    adapt(model, plan, lora_dropout, dtype, first=1 if dynamic else None)
+    for layer in lora_layers(model).values() if dynamic else ():
+        layer.use_rank(1)
     return model
 
 
-def adapt(model, plan, lora_dropout=0.0, dtype=None):
-    """`inject` with `plan`, {module name: (r, lora_alpha)}. Nothing changes if any layer is refused."""
+def adapt(model, plan, lora_dropout=0.0, dtype=None, first=None):
+    """`inject` with `plan`, {module name: (r, lora_alpha)}; nothing changes if a layer refuses r or the rank `first`."""
     plain = not any(map(holds_adapters, model.modules()))
     check.value(plain, "model", "a model with LoRA layers", "a plain one, as remove(model) leaves it")
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
@@ -62,7 +55,8 @@ def adapt(model, plan, lora_dropout=0.0, dtype=None):
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, (r, lora_alpha) in plan.items():
         check_adapter(r, lora_alpha, lora_dropout, least=1)
-        check_convertible(name, modules, r)
+        for rank in dict.fromkeys((r, first or r)):
+            check_convertible(name, modules, rank)
     for name, (r, lora_alpha) in plan.items():
         layer, base = modules[name], like(modules[name])
         convert(layer)
@@ -97,10 +91,7 @@ def find_targets(model, target_modules):
 
 
 def _matches(target, whole, modules, fit):
-    def hit(name):
-        return name == target or name.endswith(f".{target}") or (whole is not None and whole.fullmatch(name))
-
-    found = [name for name in modules if hit(name)]
+    found = [name for name in modules if f".{name}".endswith(f".{target}") or whole and whole.fullmatch(name)]
     names = [name for name in found if name in fit]
     if not names:
         ends = sorted({end for name in fit for end in (name, name.rpartition(".")[2])})

@@ -5,7 +5,6 @@ import re
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from fastlora.checkpoint.merged import unmerged
 from fastlora.model import lora_layers
 from fastlora.nn.fastpath import holds_adapters
 from fastlora.nn.names import DIALECTS, base_name, from_any_name, put, read, write
@@ -20,8 +19,8 @@ def is_adapter(name):
     return re.search(r"(^|\.)lora_", name) is not None
 
 
-def join(path, name):
-    return ".".join(part for part in (path, name) if part)
+def join(*parts):
+    return ".".join(filter(None, parts))
 
 
 def owner(layers, key):
@@ -120,3 +119,52 @@ def load_lora_state_dict(model, state_dict, base=None, strict=True):
         raise RuntimeError(f"fastlora: state_dict: {'; '.join(faults)}; nothing was loaded")
     model.load_state_dict(given if base is None else unmerged(holders(model), given, rename(model, base)), strict=False)
     return _IncompatibleKeys(missing, unexpected)
+
+
+def unmerged(layers, tensors, base):
+    """`tensors` with the weights of `base` for layers with an adapter; ValueError for one that is neither W nor W + ΔW.
+
+    Both are compared within the rounding of the coarsest dtype in play. float32 gets 64 roundings: loralib adds and
+    subtracts ΔW at each evaluation, which leaves a trace in W.
+    """
+    found = dict(tensors)
+    for name, parts in _adapted_weights(layers, tensors).items():
+        if name not in tensors or not tensors[name].is_floating_point():
+            continue
+        check.value(name in base, "base", f"no {name}", "a state dict of the pretrained model")
+        want = base[name]
+        got = tensors[name].to(want.device)
+        fits = got.shape == want.shape
+        check.value(fits, "base", f"{name} of shape {tuple(want.shape)}", tuple(got.shape))
+        # ΔW, and the sum of the absolute values that it is made of
+        update, size = torch.zeros_like(want, dtype=torch.float64), torch.zeros_like(want, dtype=torch.float64)
+        for rows, layer, *pair in parts:
+            # PEFT does not merge a grouped convolution
+            if layer.kind == "conv" and layer.form == "peft" and layer.groups > 1:
+                continue
+            factors = [t.to(want.device, torch.float64) for t in pair]
+            for total, of in ((update, factors), (size, [t.abs() for t in factors])):
+                delta = layer.delta(*of) * (layer.lora_alpha / layer.r)
+                total[rows] = delta.t() if layer.fan_in_fan_out else delta
+        eps = max(torch.finfo(t.dtype).eps for _, _, *pair in parts for t in (got, want, *pair))
+        room = max(4 * eps, 2**-17) * (want.double().abs() + size.abs())
+        apart = got.double() - want.double()
+        same = (apart.abs() <= room).all() or ((apart - update).abs() <= room).all()
+        check.value(same, name, f"a weight that is {apart.abs().max():.2g} off the base's",
+                    "the base's, or that plus lora_alpha / r ΔW")  # fmt: skip
+        found[name] = want
+    return found
+
+
+def _adapted_weights(layers, tensors):
+    """{name of a weight: [(rows, the layer that adapts them, its lora_A, its lora_B)]} of the adapters in `tensors`."""
+    found = {}
+    for path, layer in layers.items():
+        each = layer.projections() if layer.kind == "attention" else {"": layer} if layer.kind != "projection" else {}
+        for letter, holder in each.items():
+            _, weight, rows = layer._place(letter) if letter else (layer, "weight", slice(None))
+            pair = [tensors.get(join(path, letter and f"lora_{letter}", f"lora_{x}")) for x in "AB"]
+            if all(t is not None for t in pair):
+                place = join(path, "out_proj" if letter == "o" else "", weight)
+                found.setdefault(place, []).append((rows, holder, *pair))
+    return found

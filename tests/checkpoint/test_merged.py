@@ -6,7 +6,7 @@ from torch import nn
 
 import fastlora
 from fastlora.checkpoint import load_lora_state_dict
-from fastlora.checkpoint.merged import unmerged
+from fastlora.checkpoint.state import unmerged
 
 
 class Net(nn.Module):
