@@ -14,7 +14,7 @@ from torch import nn
 
 from fastlora.checkpoint.state import join, owner
 from fastlora.model import adapt, lora_layers
-from fastlora.nn.convert import factor_shapes, kind_of
+from fastlora.nn.convert import kind_of
 from fastlora.nn.fastpath import holds_adapters
 from fastlora.nn.layer import LoRALayer
 from fastlora.nn.names import PEFT_OUT, base_name, from_any_name, put, read, write
@@ -43,8 +43,8 @@ def save_adapter(model, folder):
     """
     inside, modules = lora_layers(model), dict(model.named_modules())
     check.value(inside, "model", "LoRA layers without an adapter of their own", "one with adapters")
-    own = {name: name if m.kind != "projection" else name.rpartition(".")[0] for name, m in inside.items()}
-    layers = {name: modules[name] for name in own.values()}
+    paths = [name.rpartition(".")[0] if layer.kind == "projection" else name for name, layer in inside.items()]
+    layers = {path: modules[path] for path in paths}
     _warn_of_convolutions(layers)
     write_adapter(model, layers, folder, _trained_biases(model, layers))
 
@@ -53,7 +53,10 @@ def write_adapter(model, layers, folder, bias="none"):
     """`save_adapter` of these {name: layer}, which need no more than a layer's description and tensors."""
     written = {name: write(layer, "peft", name) for name, layer in layers.items()}
     named = {join(path, name): tensor for path, tensors in written.items() for name, tensor in tensors.items()}
-    named.update(_biases(model, layers, bias))
+    for name, parameter in model.named_parameters():
+        path, rest = owner(layers, name)
+        if "bias" in name and (bias == "all" or bias == "lora_only" and rest == "bias" and path is not None):
+            named[name if path is None else join(path, base_name(layers[path], "peft", rest))] = parameter
     # copies: safetensors refuses tensors that share memory, as a tied lora_A does
     tensors = {
         f"base_model.model.{name}": t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -76,13 +79,6 @@ def _warn_of_convolutions(layers):
 def _one(layer):
     """A layer whose rank, lora_alpha and dropout are this layer's: an attention layer's first projection."""
     return next(iter(layer.projections().values())) if layer.kind == "attention" else layer
-
-
-def _biases(model, layers, bias):
-    for name, parameter in model.named_parameters():
-        path, rest = owner(layers, name)
-        if "bias" in name and (bias == "all" or bias == "lora_only" and rest == "bias" and path is not None):
-            yield name if path is None else join(path, base_name(layers[path], "peft", rest)), parameter
 
 
 def _trained_biases(model, layers):
@@ -108,7 +104,6 @@ def _config(model, layers, written, bias):
     return {
         **({"peft_version": PEFT_VERSION} if attention else {}),
         "peft_type": "LORA",
-        "task_type": None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": r,
@@ -119,10 +114,6 @@ def _config(model, layers, written, bias):
         "alpha_pattern": {keys[name]: alpha for name, (_, alpha) in ranks.items() if alpha != lora_alpha},
         "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         "bias": bias,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
     }
 
 
@@ -215,7 +206,7 @@ def _plan(model, config, tensors):
     plan, modules = {}, dict(model.named_modules())
     for path, entries in _by_layer(modules, tensors).items():
         module = modules.get(path)
-        kind = None if module is None else module if holds_adapters(module) else kind_of(module)
+        kind = type(module) if holds_adapters(module) else kind_of(module)
         got = f"a {type(model).__name__} without a layer {path!r} that can have one"
         check.value(kind, "model", got, "the adapter's base model")
         if "out_proj.lora_B" in entries and not _adds_twice(config):
@@ -226,9 +217,11 @@ def _plan(model, config, tensors):
             stored, r = (0 if t is None else len(t) for t in (entries.get("lora_A"), A))
             check.value(stored, path, "no adapter but out_proj's, which PEFT never runs", "one of q, k and v")
             r //= max(sum(module.enable_lora), 1) if kind.kind == "merged" else 1
-            got, expected = (_shape(A), _shape(B)), _shapes(module, kind, r)
-            fits = r and got == expected
-            check.value(fits, join(path, name), "lora_A {} and lora_B {}".format(*got),
+            got = [t if t is None else tuple(t.shape) for t in (A, B)]
+            # an attention layer's has the sizes that it has in PEFT
+            attention = kind.kind == "attention" and ((r, module.embed_dim), (module.embed_dim, r))
+            expected = [*map(tuple, attention or kind.adapter_shapes(module, r))]
+            check.value(r and got == expected, join(path, name), "lora_A {} and lora_B {}".format(*got),
                         "lora_A {} and lora_B {}".format(*expected))  # fmt: skip
             alpha = alpha_of(config, path, stored)
             plan[join(path, name)] = Planned(path, r, alpha if r == stored else _whole(alpha * r / stored), A, B)
@@ -244,17 +237,6 @@ def _adds_twice(config):
         warnings.warn(f"fastlora: an attention layer's out_proj, which PEFT added twice up to {PEFT_VERSION}, is taken "
                       f"once from PEFT {version}", stacklevel=4)  # fmt: skip
     return known
-
-
-def _shape(tensor):
-    return None if tensor is None else tuple(tensor.shape)
-
-
-def _shapes(module, kind, r):
-    if kind.kind == "attention":
-        # the sizes that PEFT's attention layer has
-        return (r, module.embed_dim), (module.embed_dim, r)
-    return tuple(map(tuple, module.adapter_shapes(r) if holds_adapters(module) else factor_shapes(module, r)))
 
 
 def alpha_of(config, path, r):

@@ -46,21 +46,15 @@ def lora_state_dict(model, bias="none", names="fastlora"):
     """
     check.value(bias in ("none", "all", "lora_only"), "bias", repr(bias), "'none', 'all' or 'lora_only'")
     check.value(names in _NAMES, "names", repr(names), f"one of {', '.join(_NAMES)}")
-    several = [path or "model" for path, layer in holders(model).items() if hasattr(layer, "tasks")]
-    only = "a single adapter: tasks.Model.state_dict writes theirs"
-    check.value(not several, next(iter(several), ""), "named tasks", only)
-    state = model.state_dict()
-    adapters = [name for name in state if is_adapter(name)]
-    wanted = set()
-    if bias == "all":
-        wanted.update(name for name in state if "bias" in name)
-    elif bias == "lora_only":
-        kept = {path: m for path, m in holders(model).items() if getattr(m, "r", 1)}
-        wanted.update(join(path, name) for path, m in kept.items() for name in m.biases())
+    layers, state, found = holders(model), model.state_dict(), {}
+    for path, layer in layers.items():
+        check.value(not hasattr(layer, "tasks"), path or "model", "named tasks",
+                    "a single adapter: tasks.Model.state_dict writes theirs")  # fmt: skip
+    wanted = {name for name in state if "bias" in name} if bias == "all" else set()
+    if bias == "lora_only":
+        wanted = {join(path, name) for path, m in layers.items() if getattr(m, "r", 1) for name in m.biases()}
     if names == "fastlora":
-        wanted.update(adapters)
-        return {name: tensor for name, tensor in state.items() if name in wanted}
-    layers, found = holders(model), {}
+        return {name: tensor for name, tensor in state.items() if name in wanted or is_adapter(name)}
     for path, layer in layers.items():
         if layer.kind == "attention" or layer.kind != "projection" and layer.r:
             found.update((join(path, name), tensor) for name, tensor in write(layer, names, path).items())

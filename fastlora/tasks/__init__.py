@@ -18,11 +18,6 @@ from fastlora.tasks.adapters import (
 from fastlora.tasks.model import Model
 
 __all__ = [
-    "ConvNd",
-    "Embedding",
-    "Linear",
-    "Model",
-    "base_module_wrappers",
-    "get_module_task_constructor",
+    "ConvNd", "Embedding", "Linear", "Model", "base_module_wrappers", "get_module_task_constructor",
     "register_base_module_wrapper",
-]
+]  # fmt: skip
