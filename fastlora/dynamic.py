@@ -73,6 +73,7 @@ def _whole(number):
 
 
 def _layers(model):
+    """(the layers with a rank, the largest r of them)"""
     layers = [model] if isinstance(model, LoRALayer) else list(lora_layers(model).values())
     # named tasks have no rank to choose
     own = layers and all(m.r and hasattr(m, "lora_A") for m in layers)
@@ -80,15 +81,11 @@ def _layers(model):
     for layer in layers:
         # raises where a part of r means nothing
         layer.narrow(layer.lora_A, layer.lora_B, 0, 1)
-    return layers
-
-
-def _most(layers):
-    return max(layer.r for layer in layers)
+    return layers, max(layer.r for layer in layers)
 
 
 def _set(layers, rank, frozen=False, new_step=False):
-    most = _most(layers)
+    most = max(layer.r for layer in layers)
     check.value(rank is None or _whole(rank) and 1 <= rank <= most, "rank", repr(rank), f"an integer from 1 to {most}")
     check.value(rank or not frozen, "frozen", frozen, "False where the rank is None")
     for layer in layers:
@@ -107,11 +104,8 @@ def _check_held(layer, parameter):
     if _warned or layer() is None or not layer().frozen or any(hold.has(parameter) for hold in _holds):
         return
     _warned = True
-    warnings.warn(
-        "fastlora: frozen rows have a zero gradient, but weight decay and momentum still move them: "
-        "call dynamic.hold_frozen_rows(optimizer)",
-        stacklevel=2,
-    )
+    warnings.warn("fastlora: frozen rows have a zero gradient, but weight decay and momentum still move them: "
+                  "call dynamic.hold_frozen_rows(optimizer)", stacklevel=2)  # fmt: skip
 
 
 class model_rank:
@@ -124,7 +118,7 @@ class model_rank:
     """
 
     def __init__(self, model, k, frozen=False):
-        self.layers, self.given = _layers(model), (k, frozen)
+        (self.layers, self.most), self.given = _layers(model), (k, frozen)
         self.before = [(layer.rank, layer.frozen) for layer in self.layers]
         for layer in self.layers:
             # its backward is over; one of a block that has ended may still come, and must not find another rank
@@ -149,8 +143,7 @@ def sample(model, step, seed=0, frozen=False, distribution="uniform"):
     see `hold_frozen_rows`; in eval mode nothing is frozen. Raises ValueError for another distribution, TypeError for a
     step that is no integer.
     """
-    layers = _layers(model)
-    most = _most(layers)
+    layers, most = _layers(model)
     weights = [1] * most if distribution == "uniform" else distribution
     listed = isinstance(weights, (list, tuple)) and len(weights) == most
     fits = listed and all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights) and sum(weights) > 0
@@ -167,8 +160,8 @@ def row_ranks(model, ranks):
     Layers see one batch row for each rank, or one for all; a layer whose r is lower uses all it has. Nothing is frozen
     in it. Raises ValueError for a rank outside 1 to r.
     """
-    layers = _layers(model)
-    most, given = _most(layers), getattr(ranks, "tolist", lambda: ranks)()
+    layers, most = _layers(model)
+    given = getattr(ranks, "tolist", lambda: ranks)()
     valid = isinstance(given, (list, tuple)) and given and all(_whole(k) and 1 <= k <= most for k in given)
     check.value(valid, "ranks", repr(given), f"a list of integers from 1 to {most}")
     return rows_ranked(layers, torch.tensor(given, dtype=torch.float32))
@@ -181,7 +174,7 @@ def truncate(model, k):
     """
     check.value(k is not None, "rank", k, "an integer")
     model = copy.deepcopy(model)
-    layers = _layers(model)
+    layers, _ = _layers(model)
     _set(layers, k, new_step=True)
     for layer in layers:
         pair = layer.narrow(layer.lora_A.detach(), layer.lora_B.detach(), 0, layer.rank)
@@ -205,7 +198,7 @@ def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
     check.value(tolerance >= 0, "tolerance", tolerance, "a number of at least 0")
     values = {}
     with model_rank(model, None) as own:
-        for k in range(1, _most(own.layers) + 1):
+        for k in range(1, own.most + 1):
             _set(own.layers, k)
             values[k] = fn(model)
     signed = {k: value if higher_is_better else -value for k, value in values.items() if not math.isnan(value)}

@@ -47,7 +47,7 @@ def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-li
 
 
 def adapt(model, plan, lora_dropout=0.0, dtype=None, first=None):
-    """`inject` with `plan`, {module name: (r, lora_alpha)}; nothing changes if a layer refuses r or the rank `first`."""
+    """`inject` with {module name: (r, lora_alpha)}; nothing changes if a layer refuses its r or the rank `first`."""
     plain = not any(map(holds_adapters, model.modules()))
     check.value(plain, "model", "a model with LoRA layers", "a plain one, as remove(model) leaves it")
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
@@ -79,9 +79,9 @@ def find_targets(model, target_modules):
         found = [name for name in linear if id(fit[name]) not in heads and is_called(name, modules)]
         check.value(found, "target_modules", f"'all-linear' on a {type(model).__name__}", "a model with linear layers")
     else:
-        targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        check.value(targets, "target_modules", target_modules, "names of layers")
         whole = re.compile(target_modules) if isinstance(target_modules, str) else None
+        targets = [target_modules] if whole else list(target_modules)
+        check.value(targets, "target_modules", target_modules, "names of layers")
         found = [name for target in targets for name in _matches(target, whole, modules, fit)]
     # a module that stands under two names is adapted once
     first = {}
@@ -93,11 +93,10 @@ def find_targets(model, target_modules):
 def _matches(target, whole, modules, fit):
     found = [name for name in modules if f".{name}".endswith(f".{target}") or whole and whole.fullmatch(name)]
     names = [name for name in found if name in fit]
-    if not names:
-        ends = sorted({end for name in fit for end in (name, name.rpartition(".")[2])})
-        near = ", ".join(difflib.get_close_matches(target, ends, 5, 0.5) or ends[:5])
-        kinds = f"the name of a {type(modules[found[0]]).__name__}" if found else "which matches no module"
-        check.value(False, "target_modules", f"{target!r}, {kinds}", f"layers that can have an adapter, such as {near}")
+    ends = sorted({end for name in fit for end in (name, name.rpartition(".")[2])})
+    near = ", ".join(names or difflib.get_close_matches(target, ends, 5, 0.5) or ends[:5])
+    kinds = f"the name of a {type(modules[found[0]]).__name__}" if found else "which matches no module"
+    check.value(names, "target_modules", f"{target!r}, {kinds}", f"layers that can have an adapter, such as {near}")
     return names
 
 
@@ -133,17 +132,13 @@ def merge(model, in_place=False):
             layer.merged = True
             layer.refresh()
         return model
-    _untie(model, layers.values())
-    return make_plain(model, merged=True)
-
-
-def _untie(model, layers):
-    """A merged head or embedding is no longer tied: tell a transformers config, or loading would tie them again."""
+    # a merged head or embedding is no longer tied: tell a transformers config, or loading would tie them again
     for module in model.modules():
-        config = getattr(module, "config", None)
-        ends = [f() for name in ("get_output_embeddings", "get_input_embeddings") if (f := getattr(module, name, None))]
-        if getattr(config, "tie_word_embeddings", False) and any(end is layer for layer in layers for end in ends):
+        config, ends = getattr(module, "config", None), ("get_output_embeddings", "get_input_embeddings")
+        found = [find() for name in ends if (find := getattr(module, name, None))]
+        if getattr(config, "tie_word_embeddings", False) and {*map(id, found)} & {*map(id, layers.values())}:
             config.tie_word_embeddings = False
+    return make_plain(model, merged=True)
 
 
 def unmerge(model):

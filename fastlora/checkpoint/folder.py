@@ -46,7 +46,14 @@ def save_adapter(model, folder):
     paths = [name.rpartition(".")[0] if layer.kind == "projection" else name for name, layer in inside.items()]
     layers = {path: modules[path] for path in paths}
     _warn_of_convolutions(layers)
-    write_adapter(model, layers, folder, _trained_biases(model, layers))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and not re.search(r"(^|\.)lora_[AB]", n)]
+    unsaved = [name for name in trained if "bias" not in name]
+    if unsaved:
+        warnings.warn(f"fastlora: {', '.join(unsaved[:3])}: trained, but not saved with an adapter", stacklevel=2)
+    biases = [owner(layers, name) for name in trained if "bias" in name]
+    # PEFT's "lora_only" means the attribute `bias` of a layer
+    only = all(path is not None and rest == "bias" for path, rest in biases)
+    write_adapter(model, layers, folder, "none" if not biases else "lora_only" if only else "all")
 
 
 def write_adapter(model, layers, folder, bias="none"):
@@ -81,17 +88,6 @@ def _one(layer):
     return next(iter(layer.projections().values())) if layer.kind == "attention" else layer
 
 
-def _trained_biases(model, layers):
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and not re.search(r"(^|\.)lora_[AB]", n)]
-    unsaved = [name for name in trained if "bias" not in name]
-    if unsaved:
-        warnings.warn(f"fastlora: {', '.join(unsaved[:3])}: trained, but not saved with an adapter", stacklevel=3)
-    biases = [owner(layers, name) for name in trained if "bias" in name]
-    # PEFT's "lora_only" means the attribute `bias` of a layer
-    only = all(path is not None and rest == "bias" for path, rest in biases)
-    return "none" if not biases else "lora_only" if only else "all"
-
-
 def _config(model, layers, written, bias):
     ranks = {}
     for name, layer in layers.items():
@@ -100,6 +96,9 @@ def _config(model, layers, written, bias):
     r, lora_alpha = collections.Counter(ranks.values()).most_common(1)[0][0]
     # a pattern's key is the end of a name
     keys = {name: f"^{name}" if any(n.endswith(f".{name}") for n in layers) else name for name in layers}
+    # the last parts of the layers' names, where those mean no other module
+    ends = {name.rpartition(".")[2] for name in layers}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
     attention = any(layer.kind == "attention" for layer in layers.values())
     return {
         **({"peft_version": PEFT_VERSION} if attention else {}),
@@ -109,7 +108,7 @@ def _config(model, layers, written, bias):
         "r": r,
         "lora_alpha": lora_alpha,
         "lora_dropout": max(getattr(_one(layer).lora_dropout, "p", 0.0) for layer in layers.values()),
-        "target_modules": _short_targets(model, layers),
+        "target_modules": sorted(ends if meant == set(layers) else layers),
         "rank_pattern": {keys[name]: rank for name, (rank, _) in ranks.items() if rank != r},
         "alpha_pattern": {keys[name]: alpha for name, (_, alpha) in ranks.items() if alpha != lora_alpha},
         "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
@@ -119,13 +118,6 @@ def _config(model, layers, written, bias):
 
 def _whole(number):
     return int(number) if number == int(number) else number
-
-
-def _short_targets(model, layers):
-    """The last parts of the layers' names, where those mean no other module; else the whole names."""
-    ends = {name.rpartition(".")[2] for name in layers}
-    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
-    return sorted(ends if meant == set(layers) else layers)
 
 
 @torch.no_grad()

@@ -139,7 +139,7 @@ class Model(Wrapper):
         device = next(self.parameters()).device
         listed = [row.get(name, 0) for row in weights for name in chosen]
         if any(isinstance(w, torch.Tensor) for w in listed):
-            gates = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=device).view(()) for w in listed])
+            gates = torch.stack([torch.as_tensor(w, dtype=torch.float32, device=device).reshape(()) for w in listed])
         else:
             gates = torch.tensor(listed, dtype=torch.float32).to(device)
         return keys, gates.view(*((len(weights),) if rows else ()), len(chosen))
