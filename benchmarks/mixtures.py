@@ -14,9 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastlora import mixture
 from fastlora.experts import open_experts, save_expert
-from fastlora.nn.bank import escape
+from fastlora.nn.bank import Owner, escape
 from fastlora.nn.switch import selected
-from fastlora.wrapper import Owner
 
 from .cases import DTYPES
 

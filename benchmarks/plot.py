@@ -47,7 +47,7 @@ def main():
 
 def machines():
     """The machines' files; what benchmarks.composition writes stands beside them."""
-    return [path for path in sorted(RESULTS.glob("*.csv")) if not path.stem.endswith("-composition")]
+    return [path for path in sorted(RESULTS.glob("*.csv")) if not path.stem.endswith(("-composition", "-serving"))]
 
 
 def draw_linear(rows, mode, out):

@@ -27,8 +27,10 @@ void autograd(torch::Library& m) {
   m.impl("lora_linear", lora_linear_autograd);
   m.impl("lora_shrink", lora_shrink_autograd);
   m.impl("lora_expand", lora_expand_autograd);
+  m.impl("lora_routed", lora_routed_autograd);
   // double backward raises by name instead of being silently wrong
-  for (auto op : {"lora_linear_forward", "lora_linear_backward", "lora_shrink_backward", "lora_expand_backward"})
+  for (auto op : {"lora_linear_forward", "lora_linear_backward", "lora_shrink_backward", "lora_expand_backward",
+                  "lora_routed_forward", "lora_routed_backward"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }
 
@@ -36,6 +38,7 @@ template <at::DeviceType device>
 void autocast(torch::Library& m) {
   m.impl("lora_linear", lora_linear_autocast<device>);
   m.impl("lora_shrink", lora_shrink_autocast<device>);
+  m.impl("lora_routed", lora_routed_autocast<device>);
 }
 
 // Called once, after the torch version was compared and the schemas are declared; static so that it lasts the process.
@@ -50,6 +53,9 @@ void register_ops() {
   auto& on_cpu = library(DispatchKey::CPU);
   compute(on_cpu);
   on_cpu.impl("lora_dropout", lora_dropout);
+  on_cpu.impl("lora_routed", lora_routed);
+  on_cpu.impl("lora_routed_forward", lora_routed_forward);
+  on_cpu.impl("lora_routed_backward", lora_routed_backward);
   compute(library(DispatchKey::CUDA));
   autograd(library(DispatchKey::Autograd));
   autocast<at::kCPU>(library(DispatchKey::AutocastCPU));

@@ -1,114 +1,96 @@
-#include "check.h"
-
 #include <algorithm>
-#include <cmath>
+
+#include "ops.h"
 
 namespace fastlora::check {
 namespace {
 
-bool is_float(at::ScalarType t) { return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble; }
-
-void floating(const char* name, const Tensor& t) {
-  FASTLORA_TYPE(is_float(t.scalar_type()), name, t.scalar_type(), "float32, bfloat16, float16 or float64");
-}
-
-void on_device(const char* name, const Tensor& t, const Tensor& x) {
-  FASTLORA_VALUE(t.device() == x.device(), name, c10::str("a tensor on ", t.device()), x.device(), ", as x");
-}
-
-void same(const char* name, const Tensor& t, const Tensor& x) {
-  FASTLORA_TYPE(t.scalar_type() == x.scalar_type(), name, t.scalar_type(), x.scalar_type(), ", as x");
-  on_device(name, t, x);
-}
-
-void vector(const char* name, const Tensor& t, int64_t n) {
-  FASTLORA_VALUE(t.dim() == 1 && t.size(0) == n, name, c10::str("shape ", t.sizes()), "(", n, ",)");
-}
+bool is_half(const Tensor& t) { return t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf; }
+bool floating(const Tensor& t) { return is_half(t) || t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble; }
+bool same(const Tensor& t, const Tensor& x) { return t.scalar_type() == x.scalar_type() && t.device() == x.device(); }
+bool vector(const Tensor& t, int64_t n) { return t.dim() == 1 && t.size(0) == n; }
 
 // an adapter's (rows, columns), where -1 is its own rank
-void adapter(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& x) {
-  FASTLORA_VALUE(t.dim() == 2 && (rows < 0 || t.size(0) == rows) && (columns < 0 || t.size(1) == columns), name,
-                 c10::str("shape ", t.sizes()), "(", rows < 0 ? "r" : std::to_string(rows), ", ",
-                 columns < 0 ? "r" : std::to_string(columns), ")");
-  const auto xt = x.scalar_type(), tt = t.scalar_type();
-  const bool half = xt == at::kBFloat16 || xt == at::kHalf;
-  FASTLORA_TYPE(tt == xt || (half && tt == at::kFloat), name, tt, xt, ", as x", half ? ", or float32" : "");
-  on_device(name, t, x);
+bool adapter(const Tensor& t, int64_t rows, int64_t columns, const Tensor& x) {
+  return t.dim() == 2 && (rows < 0 || t.size(0) == rows) && (columns < 0 || t.size(1) == columns) &&
+         (t.scalar_type() == x.scalar_type() || (is_half(x) && t.scalar_type() == at::kFloat)) && t.device() == x.device();
 }
 
-void gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, size_t count, int64_t R, const Tensor& like) {
-  if (!ranks.empty()) {
-    int64_t sum = 0, least = 0;
-    for (auto r : ranks) sum += r, least = std::min(least, r);
-    FASTLORA_VALUE(least == 0 && sum == R, "ranks", ranks, "non-negative ranks that sum to R = ", R);
+bool gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, size_t count, int64_t R, const Tensor& like) {
+  int64_t sum = 0;
+  for (auto r : ranks) {
+    if (r < 0) return false;
+    sum += r;
   }
-  FASTLORA_VALUE(!ranks.empty() || count <= 1, "ranks", ranks, "one rank per adapter, as lora_A is a sequence");
+  if (ranks.empty() ? count > 1 : sum != R) return false;
   const auto E = ranks.empty() ? R : static_cast<int64_t>(ranks.size());
-  floating("scaling", scaling);
-  FASTLORA_VALUE(scaling.dim() == 0 || (scaling.dim() == 1 && scaling.size(0) == E), "scaling",
-                 c10::str("shape ", scaling.sizes()), "() or (", E, ",)");
-  FASTLORA_VALUE(scaling.device() == like.device() || (scaling.dim() == 0 && scaling.is_cpu()), "scaling",
-                 c10::str("a tensor on ", scaling.device()), like.device(), " (or a 0-d CPU tensor)");
-  if (!gates) return;
-  floating("gates", *gates);
-  on_device("gates", *gates, like);
+  if (!floating(scaling) || (scaling.dim() != 0 && !vector(scaling, E))) return false;
+  if (scaling.device() != like.device() && !(scaling.dim() == 0 && scaling.is_cpu())) return false;
+  if (!gates) return true;
+  if (!floating(*gates) || gates->device() != like.device() || gates->dim() > like.dim()) return false;
   const auto full = with_last(like.sizes(), E);
-  bool fits = gates->dim() <= like.dim();
-  for (int64_t i = 1; fits && i <= gates->dim(); i++) fits = gates->size(-i) == 1 || gates->size(-i) == full[full.size() - i];
-  FASTLORA_VALUE(fits, "gates", c10::str("shape ", gates->sizes()), "a shape that broadcasts to ", IntArrayRef(full));
+  for (int64_t i = 1; i <= gates->dim(); i++)
+    if (gates->size(-i) != 1 && gates->size(-i) != full[full.size() - i]) return false;
+  return true;
 }
 
 }  // namespace
 
-void dropout(double p, const MaybeTensor& seed, const Tensor& x) {
-  FASTLORA_VALUE(std::isfinite(p) && p >= 0 && p <= 1, "dropout_p", p, "a number from 0 to 1");
-  if (p == 0) return;
-  FASTLORA_VALUE(seed.has_value(), "seed", "None", "a 0-d int64 tensor when dropout_p > 0");
-  FASTLORA_TYPE(seed->scalar_type() == at::kLong, "seed", seed->scalar_type(), "int64");
-  FASTLORA_VALUE(seed->dim() == 0, "seed", c10::str("shape ", seed->sizes()), "a 0-d tensor");
-  on_device("seed", *seed, x);
+bool dropout(double p, const MaybeTensor& seed, const Tensor& x) {
+  if (!(p >= 0 && p <= 1)) return false;
+  return p == 0 || (seed && seed->scalar_type() == at::kLong && seed->dim() == 0 && seed->device() == x.device());
 }
 
-void shrink(FASTLORA_SHRINK_ARGS) {
-  floating("x", x);
-  FASTLORA_VALUE(x.dim() >= 1, "x", "a 0-d tensor", "(..., in)");
-  for (const auto& a : lora_A) adapter("lora_A", a, -1, x.size(-1), x);
-  dropout(dropout_p, seed, x);
+bool shrink(FASTLORA_SHRINK_ARGS) {
+  return floating(x) && x.dim() >= 1 && dropout(dropout_p, seed, x) &&
+         std::all_of(lora_A.begin(), lora_A.end(), [&](const Tensor& a) { return adapter(a, -1, x.size(-1), x); });
 }
 
-void linear(FASTLORA_LINEAR_ARGS) {
-  floating("x", x);
-  FASTLORA_VALUE(x.dim() >= 1, "x", "a 0-d tensor", "(..., in)");
-  FASTLORA_VALUE(weight.dim() == 2, "weight", c10::str("shape ", weight.sizes()), "(out, in)");
-  FASTLORA_VALUE(x.size(-1) == weight.size(1), "x", c10::str("shape ", x.sizes()), "(..., ", weight.size(1), "), as weight's in");
-  same("weight", weight, x);
-  shrink(FASTLORA_SHRINK);
-  FASTLORA_VALUE(lora_A.size() == lora_B.size(), "lora_B", c10::str(lora_B.size(), " tensors"), lora_A.size(), ", as lora_A");
+bool base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  return floating(x) && x.dim() >= 1 && weight.dim() == 2 && x.size(-1) == weight.size(1) && same(weight, x) &&
+         (!bias || (vector(*bias, weight.size(0)) && same(*bias, x)));
+}
+
+bool linear(FASTLORA_LINEAR_ARGS) {
+  if (!base(x, weight, bias) || !shrink(FASTLORA_SHRINK)) return false;
+  if (lora_A.size() != lora_B.size()) return false;
   const auto out = weight.size(0);
-  for (size_t e = 0; e < lora_A.size(); e++) adapter("lora_B", lora_B[e], out, lora_A[e].size(0), x);
-  gate(scaling, gates, ranks, lora_A.size(), total_rank(lora_A, 0), x);
-  if (bias) vector("bias", *bias, out), same("bias", *bias, x);
-  if (column_scale) {
-    vector("column_scale", *column_scale, out), floating("column_scale", *column_scale);
-    on_device("column_scale", *column_scale, x);
-  }
+  for (size_t e = 0; e < lora_A.size(); e++)
+    if (!adapter(lora_B[e], out, lora_A[e].size(0), x)) return false;
+  return gate(scaling, gates, ranks, lora_A.size(), total_rank(lora_A, 0), x) &&
+         (!column_scale || (vector(*column_scale, out) && floating(*column_scale) && column_scale->device() == x.device()));
 }
 
-void expand(FASTLORA_EXPAND_ARGS) {
-  floating("y", y);
-  FASTLORA_VALUE(y.dim() >= 1, "y", "a 0-d tensor", "(..., out)");
-  FASTLORA_VALUE(columns.empty() || columns.size() == 2, "columns", columns, "(start, stop)");
+bool routed(FASTLORA_ROUTED_ARGS) {
+  if (!base(x, weight, bias) || lora_A.size() != lora_B.size() || route[2].size(0) != rows_of(x)) return false;
+  const auto out = weight.size(0), in = weight.size(1), k = std::max<int64_t>(1, slices.size());
+  if (!slices.empty() && (c10::sum_integers(slices) != out || *std::min_element(slices.begin(), slices.end()) < 0)) return false;
+  const auto E = static_cast<int64_t>(lora_A.size());
+  for (int64_t e = 0; e < E; e++)
+    if (!adapter(lora_B[e], out, -1, x) || !adapter(lora_A[e], k * lora_B[e].size(1), in, x)) return false;
+  if (gates.device() != x.device() || !floating(scaling) || (scaling.dim() && !vector(scaling, E))) return false;
+  if (!column_scale.empty() && column_scale.size() != lora_A.size()) return false;
+  for (const auto& c : column_scale)
+    if (!vector(c, out) && !vector(c, 0)) return false;
+  const Plan plan(route);
+  const auto* end = plan.slots + plan.bounds[plan.G];
+  if (plan.slots != end && *std::max_element(plan.slots, end) >= paged(pages) + E) return false;
+  if (pages.empty()) return true;
+  const auto &A = pages[0], &B = pages[1];
+  return A.sizes() == IntArrayRef({A.size(0), k, 8, in}) && B.sizes() == IntArrayRef({A.size(0), 8, out}) &&
+         A.device() == x.device();
+}
+
+bool expand(FASTLORA_EXPAND_ARGS) {
+  if (!floating(y) || y.dim() < 1 || (columns.size() != 0 && columns.size() != 2)) return false;
   const auto out = y.size(-1), start = columns.empty() ? 0 : columns[0], stop = columns.empty() ? out : columns[1];
-  FASTLORA_VALUE(0 <= start && start <= stop && stop <= out, "columns", columns, "0 <= start <= stop <= ", out);
-  for (const auto& b : lora_B) adapter("lora_B", b, stop - start, -1, y);
+  if (!(0 <= start && start <= stop && stop <= out)) return false;
+  for (const auto& b : lora_B)
+    if (!adapter(b, stop - start, -1, y)) return false;
   const auto R = total_rank(lora_B, 1);
-  const auto expected = with_last(y.sizes(), R);
-  FASTLORA_VALUE(z.sizes() == IntArrayRef(expected), "z", c10::str("shape ", z.sizes()), IntArrayRef(expected));
-  const auto zt = z.scalar_type();
-  FASTLORA_TYPE(zt == accumulate_type(y.scalar_type()) || zt == y.scalar_type(), "z", zt,
-                accumulate_type(y.scalar_type()), " (what lora_shrink returns) or y's dtype");
-  FASTLORA_VALUE(z.device() == y.device(), "z", c10::str("a tensor on ", z.device()), y.device(), ", as y");
-  gate(scaling, gates, ranks, lora_B.size(), R, y);
+  const auto zt = z.scalar_type(), yt = y.scalar_type();
+  return z.sizes() == IntArrayRef(with_last(y.sizes(), R)) && (zt == accumulate_type(yt) || zt == yt) &&
+         z.device() == y.device() && gate(scaling, gates, ranks, lora_B.size(), R, y);
 }
 
 }  // namespace fastlora::check

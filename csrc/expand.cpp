@@ -1,82 +1,78 @@
-// lora_expand: entry points and autograd formula.
-#include <torch/csrc/autograd/custom_function.h>
-
-#include "autograd.h"
-#include "check.h"
-#include "composed.h"
-#include "cpu/native.h"
+// lora_expand: entry points and gradients.
 #include "dispatch.h"
 #include "ops.h"
+#include "products.h"
 
 namespace fastlora {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
 using Op = Tensor(FASTLORA_EXPAND_ARGS);
 using BackwardOp = ExpandBackward(FASTLORA_EXPAND_BACKWARD_ARGS);
 
-struct Attributes {
-  std::vector<int64_t> ranks, columns;
-};
-
 struct Function : torch::autograd::Function<Function> {
   static Tensor forward(AutogradContext* ctx, const Tensor& y, const Tensor& z, TensorList lora_B, const Tensor& scaling,
-                        const MaybeTensor& gates, const Attributes& at) {
-    static const auto op = find_op<Op>("fastlora::lora_expand");
-    at::AutoDispatchBelowADInplaceOrView below;
-    variable_list saved{z, scaling, gates.value_or(Tensor())};
-    saved.insert(saved.end(), lora_B.begin(), lora_B.end());
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["ranks"] = at.ranks;
-    ctx->saved_data["columns"] = at.columns;
-    return op.call(y, z, lora_B, scaling, gates, at.ranks, at.columns);
+                        const MaybeTensor& gates, const std::vector<int64_t>& ranks,
+                        const std::vector<int64_t>& columns) {
+    save(ctx, {z, scaling, gates.value_or(Tensor())}, {lora_B});
+    ctx->saved_data["ranks"] = ranks;
+    ctx->saved_data["columns"] = columns;
+    return call_below_autograd<"fastlora::lora_expand", Op>(FASTLORA_EXPAND);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
-    static const auto op = find_op<BackwardOp>("fastlora::lora_expand_backward");
     const auto saved = ctx->get_saved_variables();
     const auto count = saved.size() - 3;
-    const bool has_gates = saved[2].defined();
-    bool need_B = false;
-    for (size_t e = 0; e < count; e++) need_B |= ctx->needs_input_grad(2 + e);
-    const std::array<bool, 4> needs{ctx->needs_input_grad(1), need_B, ctx->needs_input_grad(2 + count),
-                                    has_gates && ctx->needs_input_grad(3 + count)};
-    auto [dz, dB, dscaling, dgates] =
-        op.call(dys[0], saved[0], TensorList(saved).slice(3, count), saved[1],
-                has_gates ? MaybeTensor(saved[2]) : MaybeTensor(), ctx->saved_data["ranks"].toIntVector(),
-                ctx->saved_data["columns"].toIntVector(), needs);
-    variable_list grads{ctx->needs_input_grad(0) ? dys[0] : Tensor(), needs[0] ? dz : Tensor()};
-    for (size_t e = 0; e < count; e++) grads.push_back(ctx->needs_input_grad(2 + e) ? dB[e] : Tensor());
-    grads.push_back(needs[2] ? dscaling : Tensor());
-    grads.push_back(needs[3] ? dgates : Tensor());
-    grads.emplace_back();
-    return grads;
+    Edges edges{ctx, 1};
+    const std::array<bool, 4> needs{edges.need(), edges.need(count), edges.need(), edges.need(saved[2].defined())};
+    const auto grads = call<"fastlora::lora_expand_backward", BackwardOp>(
+        dys[0], saved[0], TensorList(saved).slice(3, count), saved[1], maybe(saved[2]),
+        ctx->saved_data["ranks"].toIntVector(), ctx->saved_data["columns"].toIntVector(), needs);
+    auto all = flatten(grads, needs, count, 2);
+    all.insert(all.begin(), ctx->needs_input_grad(0) ? dys[0] : Tensor());
+    return all;
   }
 };
+
+std::tuple<int64_t, int64_t> start_and_count(const Tensor& y, IntArrayRef columns) {
+  return columns.empty() ? std::tuple(int64_t{0}, y.size(-1)) : std::tuple(columns[0], columns[1] - columns[0]);
+}
 
 }  // namespace
 
 Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
-  if (pinned_elsewhere) return in_python<Op>("fastlora::lora_expand").call(FASTLORA_EXPAND);
-  check::expand(FASTLORA_EXPAND);
-  return y.is_cpu() ? cpu::expand(FASTLORA_EXPAND) : composed::expand(FASTLORA_EXPAND);
+  if (pinned_elsewhere || !check::expand(FASTLORA_EXPAND))
+    return call<"fastlora::lora_expand", Op, "python">(FASTLORA_EXPAND);
+  const auto wide = accumulate_type(y.scalar_type());
+  const auto [start, count] = start_and_count(y, columns);
+  const auto gate = make_gate(scaling, gates, ranks, z.size(-1), y, wide);
+  Gated given{z.to(wide).contiguous(), gate};
+  Product p{y, count, {}, {}, given, lora_B, true};
+  p.start = start;
+  return products(cpu::takes(y, lora_B)).product(p);
 }
 
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
-  if (pinned_elsewhere) return in_python<BackwardOp>("fastlora::lora_expand_backward").call(FASTLORA_EXPAND_BACKWARD);
-  return dy.is_cpu() ? cpu::expand_backward(FASTLORA_EXPAND_BACKWARD) : composed::expand_backward(FASTLORA_EXPAND_BACKWARD);
+  if (pinned_elsewhere) return call<"fastlora::lora_expand_backward", BackwardOp, "python">(FASTLORA_EXPAND_BACKWARD);
+  const auto& use = products(cpu::takes(dy, lora_B));
+  const auto [need_z, need_B, need_scaling, need_gates] = needs;
+  const auto wide = accumulate_type(dy.scalar_type());
+  const auto [start, count] = start_and_count(dy, columns);
+  const auto gate = make_gate(scaling, gates, ranks, z.size(-1), dy, wide);
+  const auto dv = columns.empty() ? dy : flat(dy).narrow(1, start, count);
+  const Gated kept{flat(z.to(wide)).contiguous(), gate};
+  auto dz = nothing(z), dscaling = nothing(z), dgates = nothing(z);
+  if (need_z || need_scaling || need_gates) {
+    const auto t = flat(use.project(dv, lora_B, true, {}));
+    if (need_z) dz = gate.times(t).to(z.scalar_type()).reshape(z.sizes());
+    if (need_scaling || need_gates)
+      std::tie(dscaling, dgates) = gate_backward(t * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
+  }
+  return {dz, need_B ? use.outer(kept, dv, lora_B, true, {}) : Tensors(), dscaling, dgates};
 }
 
 Tensor lora_expand_autograd(FASTLORA_EXPAND_ARGS) {
-  refuse_forward_mode(y, z, lora_B, scaling, gates);
-  if (!torch::autograd::compute_requires_grad(y, z, lora_B, scaling, gates)) {
-    static const auto op = find_op<Op>("fastlora::lora_expand");
-    at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(FASTLORA_EXPAND);
-  }
-  return Function::apply(y, z, lora_B, scaling, gates, Attributes{ranks.vec(), columns.vec()});
+  if (!records(y, z, lora_B, scaling, gates)) return call_below_autograd<"fastlora::lora_expand", Op>(FASTLORA_EXPAND);
+  return Function::apply(y, z, lora_B, scaling, gates, ranks.vec(), columns.vec());
 }
 
 }  // namespace fastlora

@@ -1,4 +1,4 @@
-#include "gate.h"
+#include "products.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/cat.h>
@@ -37,11 +37,7 @@ Tensor gather(const Tensor& dg, IntArrayRef ranks) {
   const auto E = static_cast<int64_t>(ranks.size());
   if (uniform(ranks)) return dg.reshape({dg.size(0), E, ranks[0]}).sum(-1);
   Tensors parts;
-  int64_t start = 0;
-  for (auto r : ranks) {
-    parts.push_back(dg.narrow(1, start, r).sum(-1));
-    start += r;
-  }
+  for (const auto& part : dg.split_with_sizes(ranks, 1)) parts.push_back(part.sum(-1));
   return at::stack(parts, -1);
 }
 

@@ -1,6 +1,6 @@
-// The kernels that binding.cpp registers, one per op and dispatch key.
+// The kernels that binding.cpp registers, one per op and dispatch key, and the checks of their arguments.
 #pragma once
-#include "types.h"
+#include "routed.h"
 
 namespace fastlora {
 
@@ -21,7 +21,26 @@ Tensor lora_expand(FASTLORA_EXPAND_ARGS);
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS);
 Tensor lora_expand_autograd(FASTLORA_EXPAND_ARGS);
 
+Tensor lora_routed(FASTLORA_ROUTED_ARGS);
+RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS);
+RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS);
+Tensor lora_routed_autograd(FASTLORA_ROUTED_ARGS);
+template <at::DeviceType device>
+Tensor lora_routed_autocast(FASTLORA_ROUTED_ARGS);
+
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed);
 Tensor draw_seed(const Tensor& x);
+
+namespace check {
+
+// Whether an op takes these arguments. Where one does not, its Python overload is called, which says why by name
+// (fastlora/ops/check.py): what is refused here must be refused there.
+bool linear(FASTLORA_LINEAR_ARGS);
+bool shrink(FASTLORA_SHRINK_ARGS);
+bool expand(FASTLORA_EXPAND_ARGS);
+bool routed(FASTLORA_ROUTED_ARGS);
+bool dropout(double p, const MaybeTensor& seed, const Tensor& x);
+
+}  // namespace check
 
 }  // namespace fastlora

@@ -20,29 +20,17 @@ _ORDER = ("native", "reference")
 _EARLIER = {("lora_dropout", "cuda"): ("triton", "reference")}
 
 _implementations = {}
-_verifications = {}
-_firsts = {}
+# (op, back-end) -> verify(implementation, *args), None or a sentence: one more objection; it caches what it can
+verifications = {}
+# op -> the one whose first result it is, in every back-end written in Python
+_firsts = {"lora_linear": "lora_linear_forward", "lora_routed": "lora_routed_forward"}
 _pinned = None
 _noticed = False
 
 
 def register(op, backend, implementation, objection=None):
     """The back-end's form of the op, with the op's signature; objection(*args) is None or a sentence."""
-    _implementations[op, backend] = implementation, objection or _no_objection
-
-
-def register_first(op, source):
-    """`op` is the first result of `source` in every back-end written in Python."""
-    _firsts[op] = source
-
-
-def register_verification(op, backend, verify):
-    """verify(implementation, *args), None or a sentence, is one more objection; it caches what it can."""
-    _verifications[op, backend] = verify
-
-
-def _no_objection(*args):
-    return None
+    _implementations[op, backend] = implementation, objection or (lambda *args: None)
 
 
 @functools.cache
@@ -65,10 +53,9 @@ def _triton(op):
     except ImportError as error:
         sentence = f"Triton's kernels cannot be imported: {error}"
         return None, lambda *args: sentence
-    launch, objection = getattr(kernels, op, None), getattr(kernels, f"{op}_objection", None)
-    if launch is None:
+    if not hasattr(kernels, op):
         return None, lambda *args: f"there is no Triton kernel for {op}"
-    return launch, objection or _no_objection
+    return getattr(kernels, op), getattr(kernels, f"{op}_objection", None)
 
 
 def _native(op):
@@ -100,12 +87,11 @@ def objection(op, backend, *args):
     """None if the back-end takes this call, else a sentence."""
     implementation, object_ = _implementation(op, backend)
     why = object_(*args)
-    verify = _verifications.get((op, backend))
+    verify = verifications.get((op, backend))
     return verify(implementation, *args) if why is None and verify else why
 
 
 def order(op, *args):
-    """The back-ends asked for this call, in order."""
     return (_pinned,) if _pinned else _EARLIER.get((op, _device(args)), _ORDER)
 
 
@@ -155,8 +141,10 @@ def _notice(op, asked):
         warnings.warn(f"fastlora: {op} runs on the slower back-end {asked[-1][0]!r}. {reasons}", stacklevel=2)
 
 
-def _pin(name):
+def _pin(name, source=None):
     global _pinned
+    if source and name not in NAMES:
+        raise ValueError(f"fastlora: {source}: got {name!r}, expected one of {NAMES}")
     _pinned = name
     if native()[0]:
         native()[0].pin_elsewhere(name not in (None, "native"))
@@ -169,10 +157,8 @@ def use_backend(name):
     A pinned back-end that objects to a call raises NotImplementedError with its sentence; it does not fall back. The
     environment variable FASTLORA_BACKEND pins one from the start. Raises ValueError for another name.
     """
-    if name not in NAMES:
-        raise ValueError(f"fastlora: backend: got {name!r}, expected one of {NAMES}")
     before = _pinned
-    _pin(name)
+    _pin(name, "backend")
     try:
         yield
     finally:
@@ -181,8 +167,5 @@ def use_backend(name):
 
 def pin_from_environment():
     """Honour FASTLORA_BACKEND; called once the ops are declared."""
-    name = os.environ.get("FASTLORA_BACKEND")
-    if name:
-        if name not in NAMES:
-            raise ValueError(f"fastlora: FASTLORA_BACKEND: got {name!r}, expected one of {NAMES}")
-        _pin(name)
+    if os.environ.get("FASTLORA_BACKEND"):
+        _pin(os.environ["FASTLORA_BACKEND"], "FASTLORA_BACKEND")

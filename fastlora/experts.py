@@ -23,23 +23,21 @@ def open_experts(model, adapters, owner, bank=Bank, dtype=None):
     check.value(not any(map(holds_adapters, model.modules())), "model", "a model with adapters", "a plain one")
     check.value(adapters, "adapters", "none", "at least one")
     read = {name: _read(model, name, source) for name, source in adapters.items()}
-    modules = dict(model.named_modules())
-    adapted = {planned.path for plan, _ in read.values() for planned in plan.values()}
-    paths = [path for path in modules if path in adapted]
-    for path in paths:
+    modules, dropout = dict(model.named_modules()), max(config.get("lora_dropout", 0.0) for _, config in read.values())
+    adapted = dict.fromkeys(planned.path for plan, _ in read.values() for planned in plan.values())
+    for path in adapted:
         check_convertible(path, modules, None)
-    bases = {path: like(modules[path]) for path in paths}
-    for path in paths:
+    for path in adapted:
         convert(modules[path], bank)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Bank)}
     for place, layer in enumerate(layers.values()):
-        layer.open(owner, max(config.get("lora_dropout", 0.0) for _, config in read.values()))
+        layer.open(owner, dropout)
         layer.place = place
         # PEFT's form of a convolution is what a PEFT folder holds
         vars(layer).pop("form", None)
     for name, (plan, _) in read.items():
         for layer, planned in plan.items():
-            layers[layer].tasks[escape(name)] = _adapter(planned, bases[planned.path], dtype)
+            layers[layer].tasks[escape(name)] = _adapter(planned, like(modules[planned.path]), dtype)
     update_fast_paths(model)
     return layers
 
@@ -66,15 +64,16 @@ def _adapter(planned, base, dtype):
 
 
 class _Expert:
-    """One adapter of a bank, described as the layer that has it alone."""
+    """One adapter of a bank, described as the layer that has it alone; an attention layer's are its projections'."""
 
     def __init__(self, layer, key):
-        self._layer, self._key, self._adapter = layer, key, getattr(layer, "tasks", {key: None})[key]
+        self._layer, self._key = layer, key
 
     def __getattr__(self, name):
         if name == "tasks":
             raise AttributeError(name)
-        return getattr(self._adapter if name in ("r", "lora_alpha", "lora_A", "lora_B") else self._layer, name)
+        own = name in ("r", "lora_alpha", "lora_A", "lora_B")
+        return getattr(self._layer.tasks[self._key] if own else self._layer, name)
 
     def projections(self):
         return {name: _Expert(projection, self._key) for name, projection in self._layer.projections().items()}

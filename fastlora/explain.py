@@ -9,7 +9,7 @@ from fastlora import backends
 from fastlora.nn.attention import AttentionLoRA, ProjectionLoRA
 from fastlora.nn.layer import LoRALayer
 from fastlora.nn.linear import DenseLoRA, OpaqueLoRA
-from fastlora.nn.rows import rank_list
+from fastlora.nn.switch import rank_list
 
 
 class Explanation(typing.NamedTuple):

@@ -15,9 +15,9 @@ ROWS = (
     ("backends",),
     ("ops",),
     ("nn",),
-    ("model", "tasks", "checkpoint", "experts", "wrapper", "explain"),
+    ("model", "tasks", "checkpoint", "experts", "explain"),
     ("compose", "mixture", "dynamic", "serve", "integrations"),
-    ("cli", "__main__", "testing"),
+    ("cli", "__main__"),
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 STRANGERS = {ROW["kernels"], ROW["compose"]}  # rows whose modules do not know each other

@@ -21,6 +21,8 @@ EXPORTS = {
     "LoRALayer",
     "MergedLinear",
     "MultiheadAttention",
+    "Pages",
+    "Route",
     "checkpoint_context",
     "disable_adapter",
     "enable_input_require_grads",
@@ -30,6 +32,7 @@ EXPORTS = {
     "load_lora_state_dict",
     "lora_expand",
     "lora_linear",
+    "lora_routed",
     "lora_shrink",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
@@ -47,6 +50,8 @@ SIGNATURES = {
     "lora_linear": "(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, gates=None, ranks=None, column_scale=None, "
     "dropout_p=0.0, training=False, seed=None)",
     "lora_shrink": "(x, lora_A, *, dropout_p=0.0, training=False, seed=None)",
+    "lora_routed": "(x, weight, lora_A, lora_B, route, bias=None, *, scaling=1.0, column_scale=None, slices=None, "
+    "pages=None)",
     "lora_expand": "(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=None)",
 }
 # Ops that back-ends implement; draw_seed calls torch's generator and has no back-ends.
@@ -58,6 +63,9 @@ IMPLEMENTED = {
     "lora_shrink_backward",
     "lora_expand",
     "lora_expand_backward",
+    "lora_routed",
+    "lora_routed_forward",
+    "lora_routed_backward",
     "lora_dropout",
 }
 

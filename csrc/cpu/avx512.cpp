@@ -2,7 +2,9 @@
 // flags: -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512
 #include "cpu.h"
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include "avx512.inc.h"
+#include <immintrin.h>
+#define VL 16
+#include "table.inc.h"
 const fastlora::cpu::Kernels* fastlora::cpu::avx512() { return &table; }
 #else
 const fastlora::cpu::Kernels* fastlora::cpu::avx512() { return nullptr; }

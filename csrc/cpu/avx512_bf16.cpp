@@ -2,9 +2,11 @@
 // flags: -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx2 -mfma -mf16c -mprefer-vector-width=512
 #include "cpu.h"
 #ifdef __AVX512BF16__
+#include <immintrin.h>
 #include <time.h>
 #define DOT_BF16
-#include "avx512.inc.h"
+#define VL 16
+#include "table.inc.h"
 namespace fastlora::cpu {
 namespace {
 int64_t now() {

@@ -58,24 +58,20 @@ Cpu detect() {
   cpu.amx = __builtin_cpu_supports("amx-bf16");
 #endif
   const char* pin = std::getenv("FASTLORA_CPU");
-  std::string name = pin ? pin : "";
-  if (name == "composed") {
-    cpu.composed = true;
-    name.clear();
-  }
-  Isa isa = kPortable;
-  for (int i = 0; i < kIsaCount; i++)
+  const std::string name = pin ? pin : "";
+  cpu.composed = name == "composed";
+  cpu.pinned = !name.empty() && !cpu.composed;
+  bool known = false;
+  Isa isa = kIsaCount;
+  for (int i = 0; i < kIsaCount; i++) {
+    if (cpu.pinned && name != kNames[i]) continue;
+    known = true;
     if (kernels(Isa(i))) isa = Isa(i);
-  bool pinned = cpu.pinned = !name.empty();
-  if (pinned) {
-    isa = kIsaCount;
-    for (int i = 0; i < kIsaCount; i++)
-      if (name == kNames[i]) isa = Isa(i);
-    if (isa == kIsaCount || !kernels(isa))
-      throw std::runtime_error("FASTLORA_CPU=" + name + ": expected portable, avx2, avx512, avx512_bf16 or composed, " +
-                               (isa == kIsaCount ? "and this is none of them" : "and this CPU or build lacks it"));
   }
-  bool dot = isa == kAvx512Bf16 && (pinned || fast_bf16());
+  if (isa == kIsaCount)
+    throw std::runtime_error("FASTLORA_CPU=" + name + ": expected portable, avx2, avx512, avx512_bf16 or composed, " +
+                             (known ? "and this CPU or build lacks it" : "and this is none of them"));
+  bool dot = isa == kAvx512Bf16 && (cpu.pinned || fast_bf16());
   Isa base = isa == kAvx512Bf16 ? kAvx512 : isa;
   cpu.table[kFloat] = cpu.table[kHalf] = kernels(base);
   cpu.table[kBFloat16] = dot ? kernels(kAvx512Bf16) : kernels(base);
@@ -114,10 +110,9 @@ int64_t scratch_bytes(const Gemm& p) {
   int64_t dot = kDotRows * (padded + p.R + 2 * 8 * 16) * 4 + 8 * padded * 4 + (p.a ? p.R * (p.K + 32) * 2 : 0);
   return factors + tiles + w + sums + direct + dot + 4096;
 }
-int64_t scratch_bytes(const Shrink& p) { return kDotRows * 8 * 64 + p.R * (p.K + 32) * 2 + 16 * (p.K + 64) * 4 + 4096; }
-int64_t scratch_bytes(const Reduce& p, int64_t rows) {
-  int64_t padded = p.R + 16;
-  return (2 * rows * padded + 128 * padded + 8 * 64 + 128 + 1024) * 4 + 4096;
+int64_t scratch_bytes(const Shrink& p) {
+  int64_t copies = p.R * (p.K + 32) * 4 + p.adapters * (sizeof(Factor) + 64);
+  return kDotRows * 8 * 64 + copies + 16 * (p.K + 64) * 4 + 4096;
 }
 int64_t scratch_bytes(const Outer& p) { return (64 * kGroup + (p.R + 16) * (kGroup + 64)) * 4 + 4096; }
 

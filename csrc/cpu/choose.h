@@ -27,7 +27,6 @@ Form choose(const Shape&, const Cpu&);
 
 int64_t scratch_bytes(const Gemm&);
 int64_t scratch_bytes(const Shrink&);
-int64_t scratch_bytes(const Reduce&, int64_t rows);
 int64_t scratch_bytes(const Outer&);
 
 }  // namespace fastlora::cpu

@@ -69,23 +69,7 @@ struct Shrink {
   float* z;
 };
 
-// One read of dy: t = dy b, db = (z g)T dy for each adapter, dbias = sum dy. Slice s of the rows leaves its sums of db and
-// dbias in its own part of their buffers; they are added in the order of s. Null: not wanted.
-struct Reduce {
-  Type type;
-  int64_t M, N, R;
-  const void* dy;
-  int64_t lddy;
-  int adapters;
-  const Factor* b;
-  const float* z;
-  Gates g;
-  float* t;             // [M, R]
-  float* const* db;     // of each adapter [slices, N, rank]
-  float* dbias;         // [slices, N]
-};
-
-// da[r, k] = sum_m t[m, r] g[m, r] D(x)[m, k], for each adapter
+// da[r, k] = sum_m t[m, r] g[m, r] D(x)[m, k], for each adapter; [K, rank] where it lies along_rank
 struct Outer {
   Type type;
   int64_t M, K, R;
@@ -99,6 +83,30 @@ struct Outer {
   float* const* da;     // of each adapter [rank, K]
 };
 
+// One adapter of a token's list: `pieces` of rank rows along n, and DoRA's d = c - 1 or null
+struct Added {
+  int pieces;
+  const Factor* b;
+  const void* d;
+};
+
+// For M rows of y that share a list: with v = y - bias, y += sum over the list's adapters j of sum_r zg[m, r] b(r, n), which
+// DoRA makes (1 + d) that + gates[offsets[rows[m]] + j] d v
+struct Spread {
+  Type type;
+  int64_t M;
+  const int64_t* rows;     // y's row of each
+  const float* zg;
+  int64_t ldz;
+  const float* gates;
+  const int32_t* offsets;
+  int adapters;
+  const Added* list;
+  void* y;
+  int64_t ldy;
+  const void* bias;
+};
+
 enum Form { kDot, kDirect, kPacked, kVendor };
 
 constexpr int kGroup = 256;     // columns of w packed together: one read of an x tile serves them
@@ -110,8 +118,8 @@ constexpr int kDotRows = 64;    // rows of x per block of the dot form
 struct Kernels {
   void (*gemm)(const Gemm&, Form, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch);
   void (*shrink)(const Shrink&, int64_t m0, int64_t m1, char* scratch);
-  void (*reduce)(const Reduce&, int64_t m0, int64_t m1, int64_t slice, char* scratch);
   void (*outer)(const Outer&, int64_t k0, int64_t k1, char* scratch);
+  void (*spread)(const Spread&, int64_t n0, int64_t n1);
   void (*dropout)(Type, const void* x, void* y, int64_t n, int64_t i, const Mask&);   // one row, from element i of the mask
   int tile_columns;   // n0 and n1 are multiples of it, except N itself
 };

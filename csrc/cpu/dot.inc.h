@@ -5,7 +5,7 @@ struct Dot {   // float, and half through float
   typedef vf Reg;
   static constexpr int step = VL;
   static INLINE Reg whole(const T* p) { return load(p); }
-  static INLINE Reg part(const T* p, int64_t n) { return load_part(p, n); }
+  static INLINE Reg part(const T* p, int64_t n) { return load_upto(p, n); }
   static INLINE vf fma(Reg x, Reg w, vf acc) { return x * w + acc; }
 };
 template <>
@@ -32,32 +32,24 @@ INLINE void dot_tile(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t K
   typedef Dot<T> D;
   typename D::Reg xs[MR];
   int64_t k = 0;
-  for (; k + D::step <= K; k += D::step) {
+  const auto step = [&](const auto& get) __attribute__((always_inline)) {
     UNROLL
-    for (int i = 0; i < MR; i++) xs[i] = D::whole(x + i * ldx + k);
+    for (int i = 0; i < MR; i++) xs[i] = get(x + i * ldx + k);
     UNROLL
     for (int j = 0; j < NR; j++) {
-      typename D::Reg ws = D::whole(w + j * ldw + k);
+      typename D::Reg ws = get(w + j * ldw + k);
       UNROLL
       for (int i = 0; i < MR; i++) acc[i][j] = D::fma(xs[i], ws, acc[i][j]);
     }
-  }
-  if (k == K) return;
-  UNROLL
-  for (int i = 0; i < MR; i++) xs[i] = D::part(x + i * ldx + k, K - k);
-  UNROLL
-  for (int j = 0; j < NR; j++) {
-    typename D::Reg ws = D::part(w + j * ldw + k, K - k);
-    UNROLL
-    for (int i = 0; i < MR; i++) acc[i][j] = D::fma(xs[i], ws, acc[i][j]);
-  }
+  };
+  for (; k + D::step <= K; k += D::step) step([](const T* p) __attribute__((always_inline)) { return D::whole(p); });
+  if (k < K) step([&](const T* p) __attribute__((always_inline)) { return D::part(p, K - k); });
 }
 
 constexpr int kDotTile = VL == 16 ? 4 : 2;     // rows of x and columns of a tile that the registers hold
-constexpr int kDotBlock = 4096 / sizeof(float);
 
-// One panel of NR rows of w against up to kDotRows rows of x; `done` is told of the panel and gets each finished tile. Blocks of K keep
-// the panel in the first-level cache while the rows of x pass; `part` holds the unfinished sums.
+// One panel of NR rows of w against up to kDotRows rows of x; `done` is told of the panel and gets each finished tile.
+// Blocks of K keep the panel in the first-level cache while the rows of x pass; `part` holds the unfinished sums.
 template <class T, int MR, int NR, class Done>
 INLINE void dot_rows(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t n, int64_t m, int64_t k0, int64_t k1,
                      bool last, vf* part, const Done& done) {
@@ -72,7 +64,7 @@ INLINE void dot_rows(const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t n
 template <class T, int NR, class Done>
 INLINE void dot_panel(const T* x, int64_t ldx, int64_t M, const T* w, int64_t ldw, int64_t n, int64_t K, vf* part,
                       const Done& done) {
-  constexpr int64_t block = kDotBlock * sizeof(float) / sizeof(T);
+  constexpr int64_t block = 4096 / sizeof(T);
   int64_t k0 = 0;
   done.template start<NR>(n);
   do {
@@ -104,21 +96,33 @@ INLINE void sums(const vf (&acc)[NR], float* out) {
   }
 }
 
-// Adapter rows of another type than x's, rounded to it.
-template <class T>
-const T* factor_rows(const Factor& f, int64_t columns, int64_t& ld, Scratch& s) {
-  if (sizeof(T) == 4 || f.type != kFloat) return ld = f.ld, (const T*)f.data;
-  ld = round_up(columns, 32);
-  T* rows = s.take<T>(f.rank * ld);
-  for (int64_t r = 0; r < f.rank; r++)
-    for (int64_t k = 0; k < columns; k += VL)
-      store(rows + r * ld + k, load_upto((const float*)f.data + r * f.ld + k, columns - k));
-  return rows;
-}
 template <class T>
 INLINE vf factor_part(const Factor& f, int64_t at, int64_t n) {
   if (sizeof(T) == 4 || f.type != kFloat) return load_upto((const T*)f.data + at, n);
   return round_to(load_upto((const float*)f.data + at, n), T());
+}
+// What f has at n .. n + count and the ranks from r, in T's precision, to out[rank * ld]; VL columns, zero beyond count.
+template <class T, class Out>
+INLINE void factor_vectors(const Factor& f, int64_t n, int64_t count, Out* out, int64_t ld) {
+  if (!f.along_rank) {
+    for (int64_t r = 0; r < f.rank; r++) store(out + r * ld, count > 0 ? factor_part<T>(f, r * f.ld + n, count) : vf{});
+    return;
+  }
+  for (int64_t r = 0; r < f.rank; r += VL) {
+    vf block[VL];
+    for (int j = 0; j < VL; j++) block[j] = j < count ? factor_part<T>(f, (n + j) * f.ld + r, f.rank - r) : vf{};
+    transpose(block);
+    for (int j = 0; j < min(VL, f.rank - r); j++) store(out + (r + j) * ld, block[j]);
+  }
+}
+// The adapter as rows of T: copied where it lies otherwise.
+template <class T>
+const T* factor_rows(const Factor& f, int64_t columns, int64_t& ld, Scratch& s) {
+  if (!f.along_rank && (sizeof(T) == 4 || f.type != kFloat)) return ld = f.ld, (const T*)f.data;
+  ld = round_up(columns, 32);
+  T* rows = s.take<T>(f.rank * ld);
+  for (int64_t k = 0; k < columns; k += VL) factor_vectors<T>(f, k, columns - k, rows + k, ld);
+  return rows;
 }
 
 struct StoreZ {

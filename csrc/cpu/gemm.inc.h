@@ -125,7 +125,6 @@ constexpr int kPanel = 2 * VL;                   // columns of a packed panel
 constexpr int kTall = VL == 16 ? 12 : 6;         // rows of the tallest tile
 constexpr int kStride = kSteps + 16;             // of the packed rows of x: rows of a power of two would share cache sets
 constexpr int kPanelStride = (kSteps + 2) * kPanel;   // so would panels
-constexpr bool kWide = VL == 16;
 
 // One tile in hand. To the product of x and w it adds the sums so far and, at one of its blocks of K, the update.
 template <class S, class U>
@@ -167,25 +166,8 @@ void run_tile(const Gemm& p, const Tile<S, U>& t) {
 // f's columns n .. n + columns as fp32 rows of `width`, zero beyond
 template <class T>
 void pack_factors(const Gemm& p, int64_t n, int64_t columns, int64_t width, float* out) {
-  for (int e = 0; e < p.adapters; e++) {
-    const Factor& f = p.f[e];
-    for (int64_t v = 0; v < width; v += VL) {
-      int64_t count = columns - v;
-      if (!f.along_rank) {
-        for (int64_t r = 0; r < f.rank; r++)
-          store(out + r * width + v, count > 0 ? factor_part<T>(f, r * f.ld + n + v, count) : vf{});
-        continue;
-      }
-      for (int64_t r = 0; r < f.rank; r += VL) {
-        vf block[VL];
-        for (int j = 0; j < VL; j++)
-          block[j] = j < count ? factor_part<T>(f, (n + v + j) * f.ld + r, f.rank - r) : vf{};
-        transpose(block);
-        for (int j = 0; j < min(VL, f.rank - r); j++) store(out + (r + j) * width + v, block[j]);
-      }
-    }
-    out += f.rank * width;
-  }
+  for (int e = 0; e < p.adapters; out += p.f[e++].rank * width)
+    for (int64_t v = 0; v < width; v += VL) factor_vectors<T>(p.f[e], n + v, columns - v, out + v, width);
 }
 void gated_rows(const Gemm& p, int64_t m, int64_t rows, int64_t padded, float* out) {
   for (int64_t i = 0; i < padded; i++)
@@ -228,7 +210,7 @@ INLINE int64_t slab_columns(const float* x, int64_t ldx, const T* w, int64_t ldw
 template <class T, int MR>
 void direct_slab(const Gemm& p, int64_t m, int64_t rows, int64_t n0, int64_t columns, const float* x, const float* zg,
                  Scratch s) {
-  constexpr int wide = (kWide ? 16 : 8) / (MR < 2 ? 2 : MR), width = 2 * VL;
+  constexpr int wide = (VL == 16 ? 16 : 8) / (MR < 2 ? 2 : MR), width = 2 * VL;
   float *sums = s.take<float>(MR * kSlab), *f = s.take<float>(p.R * width);
   uint16_t* lane = s.take<uint16_t>(MR * kLanes);
   const T* w = (const T*)p.w + n0;

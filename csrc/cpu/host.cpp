@@ -1,43 +1,13 @@
 #include "host.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/sum.h>
 
 #include <memory>
 #include <numeric>
 
 namespace fastlora::cpu {
 namespace {
-
-constexpr int64_t kOneThread = 200000;   // multiply-adds below which waking the others costs more
-
-// Grows and stays, per thread: kernels ask for no memory of their own.
-char* scratch(int64_t bytes) {
-  thread_local std::unique_ptr<char[]> buffer;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    buffer.reset(new char[bytes + 64]);
-    size = bytes;
-  }
-  return buffer.get() + (64 - reinterpret_cast<uintptr_t>(buffer.get()) % 64) % 64;
-}
-
-int threads_for(int64_t multiply_adds) {
-  return multiply_adds < kOneThread || at::in_parallel_region() ? 1 : at::get_num_threads();
-}
-
-template <class F>
-void parallel(int64_t tasks, const F& f) {
-  if (tasks == 1) return f(0);
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) f(t);
-  });
-}
-
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t chunk_of(int64_t n, int64_t parts, int64_t unit) { return divide_up(divide_up(n, parts), unit) * unit; }
 
 // Columns first, so that w is read once; rows as well where the columns do not suffice.
 void run_grid(const Gemm& p, Form form, int threads) {
@@ -54,27 +24,22 @@ void run_grid(const Gemm& p, Form form, int threads) {
   });
 }
 
-// One fp32 buffer for each adapter's gradient: outputs of an op share no memory.
-struct Sums {
-  Sums(TensorList adapters, int64_t slices) {
-    for (const auto& t : adapters) {
-      tensors.push_back(make(slices == 1 ? t.sizes() : IntArrayRef{slices, t.size(0), t.size(1)}, t, at::kFloat));
-      data.push_back(tensors.back().data_ptr<float>());
-    }
-  }
-  // the slices' sums, in the adapters' dtypes
-  Tensors gradients(TensorList adapters, int64_t slices) {
-    for (size_t e = 0; e < tensors.size(); e++) {
-      if (slices > 1) tensors[e] = tensors[e].sum(0);
-      if (adapters[e].scalar_type() != at::kFloat) tensors[e] = tensors[e].to(adapters[e].scalar_type());
-    }
-    return std::move(tensors);
-  }
-  Tensors tensors;
-  c10::SmallVector<float*, 2> data;
-};
-
 }  // namespace
+
+char* scratch(int64_t bytes) {
+  thread_local std::unique_ptr<char[]> buffer;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    buffer.reset(new char[bytes + 64]);
+    size = bytes;
+  }
+  return buffer.get() + (64 - reinterpret_cast<uintptr_t>(buffer.get()) % 64) % 64;
+}
+
+int threads_for(int64_t multiply_adds) {
+  constexpr int64_t one_thread = 200000;   // below it waking the others costs more
+  return multiply_adds < one_thread || at::in_parallel_region() ? 1 : at::get_num_threads();
+}
 
 Type type_of(const Tensor& t) {
   return t.scalar_type() == at::kFloat ? kFloat : t.scalar_type() == at::kBFloat16 ? kBFloat16 : kHalf;
@@ -82,7 +47,7 @@ Type type_of(const Tensor& t) {
 
 bool takes(const Tensor& x, TensorList adapters) {
   const auto dtype = x.scalar_type();
-  if (cpu().composed || x.numel() == 0) return false;
+  if (!x.is_cpu() || cpu().composed || x.numel() == 0) return false;
   if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return false;
   return std::all_of(adapters.begin(), adapters.end(), [&](const Tensor& t) {
     return t.scalar_type() == dtype || t.scalar_type() == at::kFloat;
@@ -116,7 +81,7 @@ void set_weight(Gemm& p, const Tensor& w, Tensor& keep) {
 }
 
 void set_factors(Gemm& p, const Factors& f) {
-  p.adapters = static_cast<int>(f.list.size());
+  p.adapters = f.count();
   p.f = f.list.data();
 }
 
@@ -179,36 +144,19 @@ void run_dropout(const Rows& x, const Tensor& y, const Mask& mask) {
   });
 }
 
-Reduced run(Reduce p, const Tensor& like, TensorList lora_B, bool want_dbias) {
-  const auto* table = cpu().table[p.type];
-  const int64_t threads = threads_for(p.M * p.N * p.R * 2), chunk = chunk_of(p.M, threads, 16);
-  const int64_t slices = divide_up(p.M, chunk), bytes = scratch_bytes(p, chunk);
-  Reduced out;
-  out.t = make({p.M, p.R}, like, at::kFloat);
-  p.t = out.t.data_ptr<float>();
-  Sums db(lora_B, slices);
-  p.db = lora_B.empty() ? nullptr : db.data.data();
-  if (want_dbias) {
-    out.dbias = make({slices, p.N}, like, at::kFloat);
-    p.dbias = out.dbias.data_ptr<float>();
-  }
-  parallel(slices, [&](int64_t s) {
-    table->reduce(p, s * chunk, std::min(p.M, (s + 1) * chunk), s, scratch(bytes));
-  });
-  out.db = db.gradients(lora_B, slices);
-  if (want_dbias) out.dbias = slices == 1 ? out.dbias.view({p.N}) : out.dbias.sum(0);
-  return out;
-}
-
-Tensors run(Outer p, TensorList lora_A) {
+Tensors run(Outer p, TensorList adapters) {
   const auto* table = cpu().table[p.type];
   const int64_t chunk = chunk_of(p.K, threads_for(p.M * p.K * p.R), table->tile_columns), bytes = scratch_bytes(p);
-  Sums da(lora_A, 1);
-  p.da = da.data.data();
+  // one buffer for each gradient: outputs of an op share no memory
+  Tensors sums;
+  c10::SmallVector<float*, 2> data;
+  for (const auto& t : adapters) data.push_back(sums.emplace_back(make(t.sizes(), t, at::kFloat)).data_ptr<float>());
+  p.da = data.data();
   parallel(divide_up(p.K, chunk), [&](int64_t t) {
     table->outer(p, t * chunk, std::min(p.K, (t + 1) * chunk), scratch(bytes));
   });
-  return da.gradients(lora_A, 1);
+  for (size_t e = 0; e < sums.size(); e++) sums[e] = sums[e].to(adapters[e].scalar_type());
+  return sums;
 }
 
 }  // namespace fastlora::cpu

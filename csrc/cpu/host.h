@@ -1,18 +1,30 @@
 // From tensors to the kernels' structs, and from a struct to threads.
 #pragma once
+#include <ATen/Parallel.h>
 #include <c10/util/SmallVector.h>
 
-#include "../gate.h"
-#include "../types.h"
+#include "../products.h"
 #include "choose.h"
 
 namespace fastlora::cpu {
 
-// Whether our kernels take x with these adapters (double goes to the composed form, and so does an empty product).
-bool takes(const Tensor& x, TensorList adapters);
+char* scratch(int64_t bytes);            // grows and stays, per thread: kernels ask for no memory of their own
+int threads_for(int64_t multiply_adds);
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t chunk_of(int64_t n, int64_t parts, int64_t unit) {
+  return std::max<int64_t>(1, divide_up(divide_up(n, parts), unit)) * unit;
+}
+
+template <class F>
+void parallel(int64_t tasks, const F& f) {
+  if (tasks == 1) return f(0);
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) f(t);
+  });
+}
+
 Type type_of(const Tensor& t);
 Tensor make(IntArrayRef sizes, const Tensor& like, at::ScalarType dtype);
-inline Tensor nothing(const Tensor& like) { return make({0}, like, like.scalar_type()); }
 
 // (..., n) seen as rows contiguous along n; `tensor` keeps what had to be copied.
 struct Rows {
@@ -25,6 +37,7 @@ struct Rows {
 // The adapters' matrices, each contiguous along its last dimension.
 struct Factors {
   Factors(TensorList adapters, bool last_is_rank);
+  int count() const { return static_cast<int>(list.size()); }
   c10::SmallVector<Tensor, 2> tensors;
   c10::SmallVector<Factor, 2> list;
 };
@@ -40,13 +53,7 @@ void run(Gemm p, const Tensor& x, const Tensor& w, Tensor out);
 void run_update(const Gemm& p);   // without a base: y = add + D((z g) f)
 void run(const Shrink& p);
 void run_dropout(const Rows& x, const Tensor& y, const Mask& mask);
-// Sets p.da and runs it: lora_A's gradients.
-Tensors run(Outer p, TensorList lora_A);
-// Sets p.t, p.db and p.dbias for what is wanted and runs it: t [M, R] and dbias [N] in fp32, lora_B's gradients.
-struct Reduced {
-  Tensor t, dbias;
-  Tensors db;
-};
-Reduced run(Reduce p, const Tensor& like, TensorList lora_B, bool want_dbias);
+// Sets p.da and runs it: the adapters' gradients, in their shapes and dtypes.
+Tensors run(Outer p, TensorList adapters);
 
 }  // namespace fastlora::cpu

@@ -75,15 +75,9 @@ void pack_group(const Gemm& p, int64_t n, int64_t columns, int64_t k, int64_t de
 
 template <class T, class S>
 void any_rows(const Gemm& p, const Tile<S, S>& t, int64_t padded) {
-  if constexpr (kWide) {
-    if (padded == 12) return run_tile<T, S, S, 12, 2>(p, t);
-    if (padded == 8) return run_tile<T, S, S, 8, 2>(p, t);
-    return run_tile<T, S, S, 4, 2>(p, t);
-  } else {
-    if (padded == 6) return run_tile<T, S, S, 6, 2>(p, t);
-    if (padded == 4) return run_tile<T, S, S, 4, 2>(p, t);
-    return run_tile<T, S, S, 2, 2>(p, t);
-  }
+  if (padded == kTall) return run_tile<T, S, S, kTall, 2>(p, t);
+  if (padded == kTall / 3 * 2) return run_tile<T, S, S, kTall / 3 * 2, 2>(p, t);
+  return run_tile<T, S, S, kTall / 3, 2>(p, t);
 }
 
 template <class T>
@@ -123,10 +117,11 @@ struct Packed {
       if (masked) mask_rows(p, m, rows, n, columns, lane);
       for (int64_t c = 0; c < columns; c += kPanel) {
         float* sums = part + (m - m0) * kGroup + c;
-        Tile<S, S> t = {(const typename S::X*)x, kStride, (const typename S::W*)(w + c / kPanel * kPanelStride), kPanel, (depth + P::per_step - 1) / P::per_step,
-                        first ? (const typename S::X*)(zg + (m - m0) * p.R) : nullptr,
-                        (const typename S::W*)(f + c * p.R), p.R, kPanel, (p.R + P::per_step - 1) / P::per_step, masked ? lane + c : nullptr, first ? nullptr : sums,
-                     last ? nullptr : sums, kGroup, m, rows, n + c, columns - c};
+        const auto* panel = (const typename S::W*)(w + c / kPanel * kPanelStride);
+        Tile<S, S> t = {x, kStride, panel, kPanel, (depth + P::per_step - 1) / P::per_step,
+                        first ? (const typename S::X*)(zg + (m - m0) * p.R) : nullptr, (const typename S::W*)(f + c * p.R),
+                        p.R, kPanel, (p.R + P::per_step - 1) / P::per_step, masked ? lane + c : nullptr,
+                        first ? nullptr : sums, last ? nullptr : sums, kGroup, m, rows, n + c, columns - c};
         any_rows<T>(p, t, padded);
       }
       m += rows;

@@ -1,8 +1,4 @@
 // Philox 4x32-10, VL / 2 counters at a time: 32-bit words in the low halves of 64-bit lanes (what lies above is ignored).
-#ifndef NATIVE_MULTIPLY
-INLINE vq multiply(vq a, uint64_t b) { return (a & 0xffffffff) * b; }
-#endif
-
 // The lanes of counters q .. q + VL / 2 - 1: eight 16-bit lanes each, in the order of the elements.
 INLINE void philox(uint64_t seed, uint64_t q, uint64_t* out) {
   vq index, c1, c2 = {}, c3 = {};

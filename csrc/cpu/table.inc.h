@@ -1,4 +1,15 @@
-// The table's functions: the type chosen at run time becomes the template's.
+// What each instruction-set file compiles, in an unnamed namespace of its own. Last the table's functions: the type chosen
+// at run time becomes the template's.
+namespace fastlora::cpu {
+namespace {
+#include "vector.inc.h"
+#include "philox.inc.h"
+#include "dot.inc.h"
+#include "gemm.inc.h"
+#include "packed.inc.h"
+#include "outer.inc.h"
+#include "spread.inc.h"
+
 template <class T>
 void gemm_of(const Gemm& p, Form form, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Scratch s) {
   if (form == kDot) return gemm_dot<T>(p, m0, m1, n0, n1, s);
@@ -9,12 +20,6 @@ void gemm_of(const Gemm& p, Form form, int64_t m0, int64_t m1, int64_t n0, int64
   }
   if (n0 < n1) gemm_packed<T>(p, m0, m1, n0, n1, s);
 }
-template <class P>
-struct Pointee;
-template <class T>
-struct Pointee<T*> {
-  typedef T type;
-};
 // Forwards to f(T*) for the type; bfloat16's own file has no other.
 template <class F>
 INLINE void by_type(Type type, const F& f) {
@@ -26,36 +31,40 @@ INLINE void by_type(Type type, const F& f) {
 }
 
 void gemm(const Gemm& p, Form form, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
-  by_type(p.type, [&](auto t) { gemm_of<typename Pointee<decltype(t)>::type>(p, form, m0, m1, n0, n1, {scratch}); });
+  by_type(p.type, [&]<class T>(T*) { gemm_of<T>(p, form, m0, m1, n0, n1, {scratch}); });
 }
 template <class T>
 void shrink_of(const Shrink& p, int64_t m0, int64_t m1, Scratch s) {
   constexpr int64_t block = 16;
   int64_t ld = round_up(p.K, 32) + 32;
   T* kept_x = s.take<T>(p.mask.threshold ? block * ld : 0);
+  Factor* a = s.take<Factor>(p.adapters);   // converted once for all blocks
+  for (int e = 0; e < p.adapters; e++) {
+    a[e] = {nullptr, p.type, p.a[e].rank, 0, false};
+    a[e].data = factor_rows<T>(p.a[e], p.K, a[e].ld, s);
+  }
   for (int64_t m = m0; m < m1; m += block) {
     int64_t rows = min(block, m1 - m);
     const T* x = (const T*)p.x + m * p.ldx;
     for (int64_t i = 0; p.mask.threshold && i < rows; i++)
       keep_row(x + i * p.ldx, kept_x + i * ld, p.K, (m + i) * p.mask.width, p.mask, 1);
     bool masked = p.mask.threshold;
-    shrink_rows(masked ? kept_x : x, masked ? ld : p.ldx, rows, p.K, p.adapters, p.a, p.z + m * p.R, p.R,
+    shrink_rows(masked ? kept_x : x, masked ? ld : p.ldx, rows, p.K, p.adapters, a, p.z + m * p.R, p.R,
                 masked ? p.mask.scale : 1, s);
   }
 }
 void shrink(const Shrink& p, int64_t m0, int64_t m1, char* scratch) {
-  by_type(p.type, [&](auto t) { shrink_of<typename Pointee<decltype(t)>::type>(p, m0, m1, {scratch}); });
-}
-void reduce(const Reduce& p, int64_t m0, int64_t m1, int64_t slice, char* scratch) {
-  by_type(p.type, [&](auto t) { reduce_rows<typename Pointee<decltype(t)>::type>(p, m0, m1, slice, {scratch}); });
+  by_type(p.type, [&]<class T>(T*) { shrink_of<T>(p, m0, m1, {scratch}); });
 }
 void outer(const Outer& p, int64_t k0, int64_t k1, char* scratch) {
-  by_type(p.type, [&](auto t) { outer_columns<typename Pointee<decltype(t)>::type>(p, k0, k1, {scratch}); });
+  by_type(p.type, [&]<class T>(T*) { outer_columns<T>(p, k0, k1, {scratch}); });
+}
+void spread(const Spread& p, int64_t n0, int64_t n1) {
+  by_type(p.type, [&]<class T>(T*) { spread_columns<T>(p, n0, n1); });
 }
 void dropout(Type type, const void* x, void* y, int64_t n, int64_t i, const Mask& mask) {
-  by_type(type, [&](auto t) {
-    typedef decltype(t) P;
-    keep_row((P)x, (P)y, n, i, mask, mask.scale);
-  });
+  by_type(type, [&]<class T>(T*) { keep_row((const T*)x, (T*)y, n, i, mask, mask.scale); });
 }
-constexpr Kernels table = {gemm, shrink, reduce, outer, dropout, kPanel};
+constexpr Kernels table = {gemm, shrink, outer, spread, dropout, kPanel};
+}  // namespace
+}  // namespace fastlora::cpu

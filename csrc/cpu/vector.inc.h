@@ -1,5 +1,5 @@
 // Vectors of VL floats in the compiler's vector extension, shared by all instruction sets. Each instruction-set file
-// defines VL, includes this inside its own unnamed namespace, and replaces the pieces that it has instructions for.
+// defines VL: 16 stands for AVX-512, 8 for AVX2.
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
@@ -30,7 +30,8 @@ INLINE void put(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-#ifdef MASKED_PARTS
+// part of a vector, zero beyond; fp16; products of 32-bit halves
+#if VL == 16
 INLINE vf get_part(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 INLINE vh get_part(const uint16_t* p, int64_t n) {
   return (vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
@@ -42,6 +43,9 @@ INLINE void put_part(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, (__mm
 INLINE void put_part(uint16_t* p, vh v, int64_t n) {
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)v);
 }
+INLINE vf half_to_float(vh h) { return (vf)_mm512_cvtph_ps((__m256i)h); }
+INLINE vh float_to_half(vf v) { return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+INLINE vq multiply(vq a, uint64_t b) { return (vq)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); }
 #else
 template <class V, class T>
 INLINE V copy_part(const T* p, int64_t n) {
@@ -52,15 +56,15 @@ INLINE V copy_part(const T* p, int64_t n) {
 INLINE vf get_part(const float* p, int64_t n) { return copy_part<vf>(p, n); }
 INLINE vh get_part(const uint16_t* p, int64_t n) { return copy_part<vh>(p, n); }
 INLINE vw get_wide_part(const uint16_t* p, int64_t n) { return copy_part<vw>(p, n); }
-INLINE void put_part(float* p, vf v, int64_t n) {
+template <class T, class V>
+INLINE void put_part(T* p, V v, int64_t n) {
   for (int64_t i = 0; i < n; i++) p[i] = v[i];
 }
-INLINE void put_part(uint16_t* p, vh v, int64_t n) {
-  for (int64_t i = 0; i < n; i++) p[i] = v[i];
-}
-#endif
-
-#ifndef NATIVE_HALF
+#if VL == 8
+INLINE vf half_to_float(vh h) { return (vf)_mm256_cvtph_ps((__m128i)h); }
+INLINE vh float_to_half(vf v) { return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+INLINE vq multiply(vq a, uint64_t b) { return (vq)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
+#else
 // The exponent is moved by a multiplication, which also normalises subnormals; infinity and NaN keep all exponent bits.
 INLINE vf half_to_float(vh h) {
   vu w = __builtin_convertvector(h, vu), magnitude = (w & 0x7fff) << 13;
@@ -77,6 +81,8 @@ INLINE vh float_to_half(vf v) {
   r = (big & ((nan & 0x7e00) | (~nan & 0x7c00))) | (~big & r);
   return __builtin_convertvector(r | (sign >> 16), vh);
 }
+INLINE vq multiply(vq a, uint64_t b) { return (a & 0xffffffff) * b; }
+#endif
 #endif
 
 INLINE vf widen(vh v, bf16) { return (vf)(__builtin_convertvector(v, vu) << 16); }
@@ -91,32 +97,24 @@ INLINE vh narrow(vf v, bf16) {
 INLINE vh narrow(vf v, f16) { return float_to_half(v); }
 
 INLINE vf load(const float* p) { return get<vf>(p); }
-INLINE vf load_part(const float* p, int64_t n) { return get_part(p, n); }
 INLINE void store(float* p, vf v) { put(p, v); }
-INLINE void store_part(float* p, vf v, int64_t n) { put_part(p, v, n); }
 template <class T>
 INLINE vf load(const T* p) {
   return widen(get<vh>(p), T());
 }
 template <class T>
-INLINE vf load_part(const T* p, int64_t n) {
-  return widen(get_part((const uint16_t*)p, n), T());
-}
-template <class T>
 INLINE void store(T* p, vf v) {
   put(p, narrow(v, T()));
 }
-template <class T>
-INLINE void store_part(T* p, vf v, int64_t n) {
-  put_part((uint16_t*)p, narrow(v, T()), n);
-}
+INLINE vf load_upto(const float* p, int64_t n) { return n >= VL ? load(p) : get_part(p, n); }
+INLINE void store_upto(float* p, vf v, int64_t n) { n >= VL ? store(p, v) : put_part(p, v, n); }
 template <class T>
 INLINE vf load_upto(const T* p, int64_t n) {
-  return n >= VL ? load(p) : load_part(p, n);
+  return n >= VL ? load(p) : widen(get_part((const uint16_t*)p, n), T());
 }
 template <class T>
 INLINE void store_upto(T* p, vf v, int64_t n) {
-  n >= VL ? store(p, v) : store_part(p, v, n);
+  n >= VL ? store(p, v) : put_part((uint16_t*)p, narrow(v, T()), n);
 }
 // fp32 adapters take part at x's precision
 INLINE vf round_to(vf v, float) { return v; }

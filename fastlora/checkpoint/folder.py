@@ -151,26 +151,33 @@ def load_adapter(model, folder, dtype=None):
     return model
 
 
-def read_adapter(model, source):
+def read_adapter(model, source, dora=False, unsafe=False):
     """(plan, config, base) of an adapter, checked against the model, which may be plain, and left as it is.
 
     `source`: a folder in PEFT's format, or its tensors by name, in any library's names (lora_alpha is then r). plan:
     {layer's name: Planned}; base: [(parameter, its trained value)] of biases. Raises ValueError as `load_adapter` does.
+    With `dora` its magnitudes are config["magnitudes"], by layer; with `unsafe` a pickled .bin file is read as well.
     """
-    config, stored = open_adapter(source)
-    tensors = {}
+    config, stored = open_adapter(source, dora, unsafe)
+    tensors, magnitudes = {}, {}
     for key, tensor in stored.items():
-        put(tensors, from_any_name(key), tensor)
+        magnitude = dora and "lora_magnitude_vector" in key
+        name = from_any_name(key.replace("lora_magnitude_vector", "lora_A") if magnitude else key)
+        put(magnitudes if magnitude else tensors, name, tensor)
+    config = {**config, "magnitudes": {name.removesuffix(".lora_A"): m for name, m in magnitudes.items()}}
     return _plan(model, config, tensors), config, _check_base_tensors(model, config, tensors)
 
 
-def open_adapter(source):
+def open_adapter(source, dora=False, unsafe=False):
     """(config, tensors by the names that they have there) of a folder in PEFT's format; ({}, tensors) of tensors."""
     if isinstance(source, dict):
         return {}, source
     folder = pathlib.Path(source)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    _check_config(config)
+    _check_config({key: value for key, value in config.items() if not (dora and key == "use_dora")})
+    pickled = folder / "adapter_model.bin"
+    if unsafe and pickled.exists():
+        return config, torch.load(pickled, map_location="cpu", weights_only=True)
     return config, load_file(folder / "adapter_model.safetensors")
 
 

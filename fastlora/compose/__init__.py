@@ -5,11 +5,6 @@ from fastlora.compose.merge import compose
 from fastlora.compose.search import merge_composed, search
 
 __all__ = [
-    "compose",
-    "default_get_loss",
-    "default_l1_regularization",
-    "lorahub_inference",
-    "lorahub_learning",
-    "merge_composed",
-    "search",
-]
+    "compose", "default_get_loss", "default_l1_regularization", "lorahub_inference", "lorahub_learning",
+    "merge_composed", "search",
+]  # fmt: skip

@@ -3,26 +3,23 @@
 Source: Huang et al. 2023, arXiv 2307.13269; PyPI's lorahub 0.1.0.
 """
 
-import importlib
 import json
 import pathlib
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fastlora.compose.bank import named, opened
-from fastlora.compose.optimise import optimise
-from fastlora.compose.search import default_l1_regularization, merge_composed, search
+from fastlora.compose.search import default_l1_regularization, merge_composed, optimise, search
 from fastlora.ops import check
 
 LENGTH, NEW_TOKENS, IGNORED = 2048, 256, -100
 
 
-def lorahub_learning(
-    lora_module_list, example_inputs, example_outputs, max_inference_step, model_name_or_path=None, batch_size=None,
-    get_loss=None, get_regular=default_l1_regularization, seed=42, tokenizer=None, *, mode="lorahub", progress=True,
-    **options,
-):  # fmt: skip
+def lorahub_learning(lora_module_list, example_inputs, example_outputs, max_inference_step, model_name_or_path=None,
+                     batch_size=None, get_loss=None, get_regular=default_l1_regularization, seed=42, tokenizer=None, *,
+                     mode="lorahub", progress=True, **options):  # fmt: skip
     """Find weights for LoRA modules on a few examples, and merge them: (weights (N,), merged model, tokenizer).
 
     `lora_module_list`: folders in PEFT's format, names on Hugging Face's hub, or tensors by name, of any rank and
@@ -60,9 +57,8 @@ def lorahub_learning(
 
 
 @torch.no_grad()
-def lorahub_inference(
-    example_inputs, model_or_name_path, tokenizer_or_tokenizer_path, batch_size, example_outputs=None
-):
+def lorahub_inference(example_inputs, model_or_name_path, tokenizer_or_tokenizer_path, batch_size,
+                      example_outputs=None):  # fmt: skip
     """(predicted texts, accuracy in percent): greedy, at most 256 new tokens; a classifier's are its labels' names.
 
     The accuracy, None without `example_outputs`, counts equal texts, without case, full stops and outer blanks.
@@ -82,20 +78,20 @@ def lorahub_inference(
         predictions += tokenizer.batch_decode(made.cpu(), skip_special_tokens=True)
     if example_outputs is None:
         return predictions, None
-    pairs = zip(predictions, example_outputs, strict=True)
-    return predictions, 100 * sum(_bare(made) == _bare(wanted) for made, wanted in pairs) / len(predictions)
+    bare = [[str(text).strip().lower().replace(".", "") for text in texts] for texts in (predictions, example_outputs)]
+    return predictions, 100 * sum(made == wanted for made, wanted in zip(*bare, strict=True)) / len(predictions)
 
 
 def default_get_loss(example_dataset, model, batch_size):
     """The original's loss, which depends on batch_size: the sum of the batches' mean losses, over the examples."""
-    count, device = len(example_dataset), next(model.parameters()).device
-    size, total = min(count, batch_size or count), 0.0
+    from transformers import default_data_collator
+
+    count, device, total = len(example_dataset), next(model.parameters()).device, 0.0
+    size = min(count, batch_size or count)
     for start in range(0, count, size):
-        rows = [example_dataset[i] for i in range(start, min(start + size, count))]
-        names = [name for name, value in rows[0].items() if not isinstance(value, str)]
-        batch = {name: torch.tensor([row[name] for row in rows], device=device) for name in names}
+        batch = default_data_collator([example_dataset[i] for i in range(start, min(start + size, count))])
         with torch.no_grad():
-            total += float(model(**batch).loss)
+            total += float(model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss)
     return total / count
 
 
@@ -114,34 +110,28 @@ class Examples:
 
 def encode(model, tokenizer, inputs, outputs=None):
     """The model's arguments as tensors; without `outputs` a causal model's are padded on the left, to be continued."""
-    kind, ids = _kind(model), tokenizer(list(inputs), max_length=LENGTH, truncation=True)["input_ids"]
-    end, labels = tokenizer.eos_token_id, None
+
+    def tokens(texts, special=True):
+        return tokenizer(list(texts), max_length=LENGTH, truncation=True, add_special_tokens=special)["input_ids"]
+
+    def padded(rows, value):
+        return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value, padding_side=side)
+
+    kind, ids, end, found = _kind(model), tokens(inputs), tokenizer.eos_token_id, {}
+    side = "left" if kind == "causal" and outputs is None else "right"
     if kind == "causal":
         ids = [row[:-1] if len(row) > 1 and row[-1] == end else row for row in ids]
     if outputs is not None and kind == "classifier":
         known = getattr(model.config, "label2id", {})
-        labels = torch.tensor([known[text] if text in known else int(text) for text in outputs])
+        found["labels"] = torch.tensor([known[text] if text in known else int(text) for text in outputs])
     elif outputs is not None:
-        special = kind != "causal"
-        labels = tokenizer(list(outputs), max_length=LENGTH, truncation=True, add_special_tokens=special)["input_ids"]
+        labels = tokens(outputs, special=kind != "causal")
         if kind == "causal":
             labels = [row + [end] * (end is not None) for row in labels]
             ids, labels = zip(*((a + b, [IGNORED] * len(a) + b) for a, b in zip(ids, labels, strict=True)), strict=True)
-        labels = _padded(labels, IGNORED)
-    left = kind == "causal" and outputs is None
+        found["labels"] = padded(labels, IGNORED)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end or 0
-    found = {"input_ids": _padded(ids, pad, left), "attention_mask": _padded([[1] * len(row) for row in ids], 0, left)}
-    return found if labels is None else found | {"labels": labels}
-
-
-def _padded(rows, value, left=False):
-    side = "left" if left else "right"
-    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side=side)
-
-
-def _bare(text):
-    return str(text).strip().lower().replace(".", "")
+    return {"input_ids": padded(ids, pad), "attention_mask": padded([[1] * len(row) for row in ids], 0), **found}
 
 
 def _kind(model):
@@ -158,24 +148,25 @@ def _folder(source):
     """A folder, downloaded if there is none of this name."""
     if isinstance(source, dict) or pathlib.Path(source).is_dir():
         return source
-    return importlib.import_module("huggingface_hub").snapshot_download(str(source), allow_patterns="adapter_*")
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(str(source), allow_patterns="adapter_*")
 
 
 def _load(model, tokenizer, adapters):
     """The model and the tokenizer, by name or as they are; a model that is loaded goes to the GPU."""
+    import transformers
+
     if model is None:
         first = next(iter(adapters.values()))
         check.value(not isinstance(first, dict), "model_name_or_path", None, "a model, as the first module is tensors")
         model = json.loads((pathlib.Path(first) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    transformers = importlib.import_module("transformers")
-    name = model if isinstance(model, str) else getattr(model, "name_or_path", None)
     if isinstance(model, str):
         config = transformers.AutoConfig.from_pretrained(model)
-        end = "Seq2SeqLM" if config.is_encoder_decoder else "CausalLM"
         classifies = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-        end = "SequenceClassification" if classifies else end
+        end = "SequenceClassification" if classifies else "Seq2SeqLM" if config.is_encoder_decoder else "CausalLM"
         model = getattr(transformers, f"AutoModelFor{end}").from_pretrained(model)
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer or name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer or getattr(model, "name_or_path", None))
     return model, tokenizer

@@ -1,14 +1,14 @@
 """One adapter of several: LoraHub's composition of the factors, the exact sum, and PEFT's merges."""
 
-import importlib
 import math
 import re
+import typing
 
 import torch
 from torch import nn
 
 from fastlora.checkpoint.folder import alpha_of, open_adapter
-from fastlora.compose.bank import MODES, named, numbers, padded
+from fastlora.compose.bank import MODES, named, numbers, stacked
 from fastlora.nn.names import from_any_name
 from fastlora.ops import check
 
@@ -42,18 +42,18 @@ def compose(adapters, weights, mode="lorahub", scale=1.0, **options):
     layers = _by_layer({name: _read(name, source) for name, source in adapters.items()})
     made = {}
     for held in layers.values():
-        A, B = _combined(mode, held, [weights[name] for name in held], options)
-        first = next(iter(held.values()))
-        made[first.keys[0]], made[first.keys[1]] = A, B if scale == 1 else B / scale
+        A, B = _combined(mode, list(held.values()), [weights[name] for name in held], options)
+        made.update(zip(next(iter(held.values())).keys, (A, B / scale), strict=True))
     return made
 
 
-class _Pair:
+class _Pair(typing.NamedTuple):
     """One adapter's lora_A and lora_B on one layer, their keys, and lora_alpha / r."""
 
-    def __init__(self, found, scaling):
-        self.keys, (self.A, self.B) = zip(*(found[letter] for letter in "AB"), strict=True)
-        self.r, self.scaling = len(self.A), scaling
+    keys: tuple
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
 
     def shape(self):
         """What must be the same for every adapter of the layer."""
@@ -63,21 +63,18 @@ class _Pair:
 def _read(name, source):
     """{layer: _Pair} of an adapter."""
     config, tensors = open_adapter(source)
-    found, where = {}, f"adapters[{name!r}]"
+    found, where, pairs = {}, f"adapters[{name!r}]", {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"((?:.+\.)?)lora_([AB])", from_any_name(key))
+        match = re.fullmatch(r"(?:(.+)\.)?lora_([AB])", from_any_name(key))
         check.value(match, where, f"the tensor {key!r}", "lora_A and lora_B alone")
-        found.setdefault(match[1].rstrip("."), {})[match[2]] = key, tensor
+        found.setdefault(match[1] or "", {})[match[2]] = key, tensor
     check.value(found, where, "no tensor", "lora_A and lora_B")
-    pairs = {}
     for path, letters in found.items():
-        both = len(letters) == 2
-        check.value(both, where, f"lora_{min(letters)} alone at {path!r}", "lora_A and lora_B")
-        (_, A), (_, B) = letters["A"], letters["B"]
-        fits = min(A.dim(), B.dim()) > 1 and len(A) == B.shape[1]
+        check.value(len(letters) == 2, where, f"lora_{min(letters)} alone at {path!r}", "lora_A and lora_B")
+        keys, (A, B) = zip(letters["A"], letters["B"], strict=True)
         got = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} at {path!r}"
-        check.value(fits, where, got, "(r, in) and (out, r)")
-        pairs[path] = _Pair(letters, alpha_of(config, path, len(A)) / len(A))
+        check.value(min(A.dim(), B.dim()) > 1 and len(A) == B.shape[1], where, got, "(r, in) and (out, r)")
+        pairs[path] = _Pair(keys, A, B, alpha_of(config, path, len(A)) / len(A))
     return pairs
 
 
@@ -85,8 +82,8 @@ def _by_layer(read):
     """{layer: {adapter's name: _Pair}}; ValueError for an adapter of another model."""
     layers = {}
     for name, pairs in read.items():
-        common = not layers or any(path in layers for path in pairs)
-        got, own = (sorted(paths)[0] for paths in (pairs, layers or pairs))
+        got, own = (min(paths) for paths in (pairs, layers or pairs))
+        common = not layers or layers.keys() & pairs.keys()
         check.value(common, f"adapters[{name!r}]", f"layers such as {got!r}", f"the others', such as {own!r}")
         for path, pair in pairs.items():
             held = layers.setdefault(path, {})
@@ -97,24 +94,21 @@ def _by_layer(read):
     return layers
 
 
-def _combined(mode, held, weights, options):
+def _combined(mode, pairs, weights, options):
     """lora_A and lora_B of one layer."""
-    pairs = list(held.values())
     if mode in PEFT_MODES:
         return _by_peft(mode, pairs, weights, options)
-    scaled = [pair.B if pair.scaling == 1 else pair.B * pair.scaling for pair in pairs]
+    scaled = [(pair.A, pair.B * pair.scaling) for pair in pairs]
     if mode == "sum":
-        A = torch.cat([pair.A for pair in pairs])
-        return A, torch.cat([weight * B for weight, B in zip(weights, scaled, strict=True)], 1)
-    r = max(pair.r for pair in pairs)
-    factors = zip(*(padded(pair.A, B, r) for pair, B in zip(pairs, scaled, strict=True)), strict=True)
-    return [sum(w * t for w, t in zip(weights, each, strict=True)) for each in factors]
+        weighted = [(A, weight * B) for weight, (A, B) in zip(weights, scaled, strict=True)]
+        return [torch.cat(each, dim) for dim, each in enumerate(zip(*weighted, strict=True))]
+    return [sum(w * t for w, t in zip(weights, each, strict=True)) for each in stacked(scaled)]
 
 
 def _by_peft(mode, pairs, weights, options):
     """What PEFT's own add_weighted_adapter makes, on a model of this one layer."""
     try:
-        peft = importlib.import_module("peft")
+        import peft
     except ImportError as error:
         raise ImportError(f"fastlora: the mode {mode!r} needs PEFT: pip install peft") from error
     A, B = pairs[0].A, pairs[0].B
@@ -122,16 +116,16 @@ def _by_peft(mode, pairs, weights, options):
     check.value(A.dim() == 2, "adapters", got, f"linear layers' in the mode {mode!r}")
     # its memory is never touched
     layer = nn.utils.skip_init(nn.Linear, A.shape[1], len(B), bias=False, device=A.device)
-    names, model = [f"{i}" for i in range(len(pairs))], nn.ModuleDict({"fc": layer})
-    configs = [peft.LoraConfig(r=p.r, lora_alpha=p.scaling * p.r, target_modules=["fc"]) for p in pairs]
+    made = {f"{i}": (pair, peft.LoraConfig(r=len(pair.A), lora_alpha=pair.scaling * len(pair.A), target_modules=["fc"]))
+            for i, pair in enumerate(pairs)}  # fmt: skip
     # what dare_* draw is a merge's alone
     with torch.random.fork_rng(devices=[]):
-        tuner = peft.LoraModel(model, configs[0], names[0])
-        for name, config in zip(names[1:], configs[1:], strict=True):
-            tuner.peft_config[name] = config
-            tuner.inject_adapter(model, name)
-    for name, pair in zip(names, pairs, strict=True):
-        model["fc"].lora_A[name].weight.copy_(pair.A)
-        model["fc"].lora_B[name].weight.copy_(pair.B)
-    tuner.add_weighted_adapter(names, weights, "merged", combination_type=mode, **options)
-    return [model["fc"].get_submodule(f"lora_{x}")["merged"].weight.detach().to(A.dtype) for x in "AB"]
+        tuner = peft.LoraModel(nn.ModuleDict({"fc": layer}), {name: config for name, (_, config) in made.items()}, "0")
+        for name in list(made)[1:]:
+            tuner.inject_adapter(tuner.model, name)
+    layer = tuner.model["fc"]
+    for name, (pair, _) in made.items():
+        layer.lora_A[name].weight.copy_(pair.A)
+        layer.lora_B[name].weight.copy_(pair.B)
+    tuner.add_weighted_adapter(list(made), weights, "merged", combination_type=mode, **options)
+    return [factors["merged"].weight.detach().to(A.dtype) for factors in (layer.lora_A, layer.lora_B)]

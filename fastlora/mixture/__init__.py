@@ -5,10 +5,9 @@
 One call of the op in each layer, whatever the number of experts. Source: Buehler and Buehler 2024, arXiv 2402.07148.
 """
 
-from fastlora.mixture.classifier import xLoRAClassifier
-from fastlora.mixture.config import xLoRAConfig
+from fastlora.mixture.classifier import xLoRAClassifier, xLoRAConfig
 from fastlora.mixture.files import load_scalings_log
-from fastlora.mixture.functions import (
+from fastlora.mixture.model import (
     add_xlora_to_model,
     disable_scalings_logging,
     enable_scalings_logging,
@@ -16,8 +15,8 @@ from fastlora.mixture.functions import (
     from_pretrained,
     print_scalings_predictions,
     set_scalings_with_lifetime,
+    xLoRAModel,
 )
-from fastlora.mixture.model import xLoRAModel
 from fastlora.model import get_nb_trainable_parameters, print_trainable_parameters
 
 __all__ = [

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastlora.experts import save_expert
-from fastlora.mixture.config import xLoRAConfig
+from fastlora.mixture.classifier import xLoRAConfig
 from fastlora.ops import check
 
 _FIELDS = {field.name: field.default for field in dataclasses.fields(xLoRAConfig)}
@@ -18,37 +18,36 @@ _NOT_PEFT = (*_OURS, "base_model_id", "device", "enable_relu_and_dropout", "use_
 _PEFT_KEY = "base_model.internal_xlora_classifier.layers."
 
 
-def save(mixture, directory, safe_serialization, is_main_process, names):
-    """See `xLoRAModel.save_pretrained`."""
+def save_pretrained(mixture, save_directory, safe_serialization=True, is_main_process=True, names="xlora"):
+    """Write the mixture as a folder of xlora's or of PEFT's ("peft"), with each expert in one of its own below."""
     check.value(names in ("xlora", "peft"), "names", repr(names), "'xlora' or 'peft'")
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(save_directory)
     check.value(not directory.is_file(), "save_directory", f"{directory}, a file", "a directory")
     if not is_main_process:
         return
     experts = {n: directory / (n if names == "xlora" else str(i)) for i, n in enumerate(mixture.expert_names)}
     below = {f.resolve() for f in experts.values() if directory.resolve() in f.resolve().parents}
     check.value(len(below) == len(experts), "adapters", list(experts), "names that can be folders of their own")
-    own = json.dumps(_description(mixture, experts, names), indent=2) + "\n"
-    tensors = {k: t.detach().cpu().contiguous() for k, t in mixture.xlora_classifier.state_dict().items()}
+    own = json.dumps(_description(mixture.xlora_config, experts, names), indent=2) + "\n"
+    classifier = mixture.xlora_classifier
+    tensors = {k: t.detach().cpu().contiguous() for k, t in classifier.state_dict().items()}
     for name, folder in experts.items():
         save_expert(mixture.model, name, folder)
     # what an earlier save has left in the other format
     for file in ("xlora_config.json", "xlora_classifier.safetensors", "xlora_classifier.pt"):
         (directory / file).unlink(missing_ok=True)
+    (directory / ("adapter_config.json" if names == "peft" else "xlora_config.json")).write_text(own, encoding="utf-8")
     if names == "peft":
-        (directory / "adapter_config.json").write_text(own, encoding="utf-8")
-        save_file(_to_peft(tensors, mixture.xlora_config), directory / "adapter_model.safetensors")
-        return
-    (directory / "xlora_config.json").write_text(own, encoding="utf-8")
-    if safe_serialization:
+        theirs = _peft_names(classifier)
+        save_file({theirs[name]: t for name, t in tensors.items()}, directory / "adapter_model.safetensors")
+    elif safe_serialization:
         save_file(tensors, directory / "xlora_classifier.safetensors")
     else:
         torch.save(tensors, directory / "xlora_classifier.pt")
 
 
-def _description(mixture, experts, names):
-    config = mixture.xlora_config
-    given = {name: getattr(config, name) for name in _FIELDS}
+def _description(config, experts, names):
+    given = dataclasses.asdict(config)
     kept = {name: value for name, value in given.items() if name not in _OURS or value != _FIELDS[name]}
     if names == "xlora":
         del kept["device"]
@@ -60,20 +59,14 @@ def _description(mixture, experts, names):
     return {"peft_type": "XLORA", "inference_mode": True, **kept, "adapters": adapters}
 
 
-def _linear_names(names, prefix):
-    """The numbers of the linear layers among `names`, as they stand in a classifier's list."""
-    return sorted({int(name[len(prefix) :].split(".")[0]) for name in names if name.startswith(prefix)})
+def _peft_names(classifier):
+    """{a tensor's name: PEFT's}, which numbers the linear layers together with the ReLUs and dropouts between them."""
+    step, names = 3 if classifier.config.xlora_dropout_p > 0 else 2, enumerate(classifier.state_dict())
+    # a weight and a bias each
+    return {name: f"{_PEFT_KEY}{i // 2 * step}.{name.rpartition('.')[2]}" for i, name in names}
 
 
-def _to_peft(tensors, config):
-    step = 3 if config.xlora_dropout_p > 0 else 2
-    places = {f"inner.{n}": k * step for k, n in enumerate(_linear_names(tensors, "inner."))}
-    places["last"] = len(places) * step
-    split = {name: name.rpartition(".") for name in tensors}
-    return {f"{_PEFT_KEY}{places[split[name][0]]}.{split[name][2]}": t for name, t in tensors.items()}
-
-
-def _read_peft(directory):
+def _read_peft(directory, classifier):
     """The classifier's tensors in PEFT's folder, whose 0.21 files layers.0 as the expert "0"'s and drops the number."""
     tensors = load_file(directory / "adapter_model.safetensors")
     for file in directory.glob("[0-9]*/adapter_model.safetensors"):
@@ -81,27 +74,15 @@ def _read_peft(directory):
             end = name.removeprefix(_PEFT_KEY)
             if end in ("weight", "bias"):
                 tensors.setdefault(f"{_PEFT_KEY}{file.parent.name}.{end}", tensor)
-    return tensors
-
-
-def _from_peft(tensors, classifier):
-    numbers = _linear_names(tensors, _PEFT_KEY)
-    inner = _linear_names(classifier.state_dict(), "inner.")
-    ours = dict(zip(numbers, [*(f"inner.{n}" for n in inner), "last"], strict=False))
-    found = {}
-    for name, tensor in tensors.items():
-        number, _, rest = name.removeprefix(_PEFT_KEY).partition(".")
-        found[f"{ours.get(int(number), number)}.{rest}" if name.startswith(_PEFT_KEY) else name] = tensor
-    return found
+    ours = {theirs: name for name, theirs in _peft_names(classifier).items()}
+    return {ours.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def read_config(directory):
     """(xLoRAConfig, whether it is PEFT's) of a mixture's folder; `adapters` as it stands there."""
-    directory, peft = pathlib.Path(directory), False
-    file = directory / "xlora_config.json"
-    if not file.exists() and (directory / "adapter_config.json").exists():
-        file, peft = directory / "adapter_config.json", True
-    given = json.loads(file.read_text(encoding="utf-8"))
+    file, theirs = (pathlib.Path(directory, name) for name in ("xlora_config.json", "adapter_config.json"))
+    peft = theirs.exists() and not file.exists()
+    given = json.loads((theirs if peft else file).read_text(encoding="utf-8"))
     right = not peft or given.get("peft_type") == "XLORA"
     check.value(right, "load_directory", f"an adapter of type {given.get('peft_type')!r}", "a mixture's folder")
     return xLoRAConfig(**{name: given[name] for name in _FIELDS.keys() & given.keys()}), peft
@@ -125,13 +106,12 @@ def read_classifier(directory, classifier, peft, from_safetensors):
     """The classifier's tensors. Raises ValueError for missing, unexpected or misshapen ones."""
     directory = pathlib.Path(directory)
     if peft:
-        tensors = _from_peft(_read_peft(directory), classifier)
+        tensors = _read_peft(directory, classifier)
     elif from_safetensors:
         tensors = load_file(directory / "xlora_classifier.safetensors")
     else:
         tensors = torch.load(directory / "xlora_classifier.pt", map_location="cpu", weights_only=True)
-    got = {name: tuple(t.shape) for name, t in tensors.items()}
-    want = {name: tuple(t.shape) for name, t in classifier.state_dict().items()}
+    got, want = ({k: tuple(t.shape) for k, t in held.items()} for held in (tensors, classifier.state_dict()))
     wrong = {name: got.get(name) for name in got | want if got.get(name) != want.get(name)}
     check.value(not wrong, f"the classifier in {directory}", wrong, {name: want.get(name) for name in wrong})
     return tensors
@@ -141,10 +121,9 @@ def write_log(log, path):
     """`path`.npy, or a file for each shape and `path`-mapping.json, which says where in the log its tensors stood."""
     import numpy
 
-    shapes = {}
+    mapping = {}
     for i, scalings in enumerate(log):
-        shapes.setdefault(tuple(scalings.shape), []).append(i)
-    mapping = {f"{path}-{shape[1]}-{shape[0]}.npy": places for shape, places in shapes.items()}
+        mapping.setdefault(f"{path}-{scalings.shape[1]}-{scalings.shape[0]}.npy", []).append(i)
     for file, places in mapping.items():
         stacked = torch.stack([log[i] for i in places]).float().cpu()
         numpy.save(file if len(mapping) > 1 else f"{path}.npy", stacked.numpy())

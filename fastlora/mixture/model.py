@@ -1,6 +1,7 @@
-"""The model with a mixture of experts, and X-LoRA's methods on it."""
+"""The model with a mixture of experts, and X-LoRA's functions and methods on it."""
 
 import copy
+import functools
 import itertools
 import warnings
 import weakref
@@ -9,16 +10,14 @@ import torch
 
 from fastlora.experts import open_experts
 from fastlora.mixture import files
-from fastlora.mixture.classifier import check_k, xLoRAClassifier
+from fastlora.mixture.classifier import xLoRAClassifier, xLoRAConfig
 from fastlora.mixture.stack import Stack, is_cross, stacks_of
 from fastlora.model import disable_adapter, get_nb_trainable_parameters, make_plain, print_trainable_parameters
-from fastlora.nn.bank import escape
+from fastlora.nn.bank import Owner, Wrapper, escape
 from fastlora.nn.convert import like
-from fastlora.nn.switch import switch
 from fastlora.ops import check
-from fastlora.wrapper import Owner, Wrapper
 
-# the one that the first version's functions mean, which name no model
+# a weak reference to the one that the first version's functions mean, which name no model
 _latest = None
 _numbers = itertools.count()
 
@@ -45,7 +44,6 @@ class xLoRAModel(Wrapper):
         fits = isinstance(size, int) and config.hidden_size in (None, size)
         check.value(fits, "hidden_size", config.hidden_size, f"{size or 'a number'}, the model's")
         check.kind(isinstance(adapters, dict), "adapters", type(adapters).__name__, "a dictionary {name: folder}")
-        check_k(config.top_k_lora, len(adapters) or 1)
         self.owner, self.keys, self.expert_names = Owner(), tuple(map(escape, adapters)), list(adapters)
         trained = [p for p in model.parameters() if p.requires_grad]
         layers = open_experts(model, adapters, self.owner)
@@ -66,12 +64,13 @@ class xLoRAModel(Wrapper):
         inside = {id(module) for stack in stacks for module in stack.modules()}
         outside = [name for name, layer in layers.items() if id(layer) not in inside]
         check.value(not outside, "adapters", f"experts on {', '.join(outside)}", "layers of the transformer itself")
+        self.set_topk_lora(config.top_k_lora)
+        self.set_scaling_pass_value(config.scaling_pass_value)
+        self.set_use_trainable_adapters(config.use_trainable_adapters)
         self.xlora_classifier = xLoRAClassifier(config, len(layers), len(self.keys), like(self.model))
         self.scalings_logging, self.log_scalings, self.latest_scalings = False, [], None
         # (gates, for how many forwards yet), how many predictions to print, what tells its caches from others'
         self.fixed, self.prints, self.number = None, 0, next(_numbers)
-        self.set_scaling_pass_value(config.scaling_pass_value)
-        self.set_use_trainable_adapters(config.use_trainable_adapters)
         cross = [layer.place for name, layer in layers.items() if is_cross(name)]
         self.stacks += [Stack(self, stack, cross, counts=stack is stacks[-1]) for stack in stacks]
 
@@ -92,8 +91,8 @@ class xLoRAModel(Wrapper):
 
     def remove(self):
         """Take the mixture away again: returns the plain model, as it was before."""
-        for stack in self.stacks:
-            stack.unhook()
+        for handle in [handle for stack in self.stacks for handle in stack.handles]:
+            handle.remove()
         if self.experts:
             make_plain(self.model, merged=False)
         self.stacks, self.__dict__["experts"] = [], []
@@ -104,10 +103,6 @@ class xLoRAModel(Wrapper):
     disable_adapter = disable_adapter
     get_nb_trainable_parameters = get_nb_trainable_parameters
     print_trainable_parameters = print_trainable_parameters
-
-    def is_disabled(self):
-        """Whether this thread runs the model without its experts."""
-        return bool(switch.off) and all(id(layer) in switch.off for layer in self.experts)
 
     def scaling_mark(self):
         """What the scaling pass's keys and values depend on, in words."""
@@ -140,15 +135,6 @@ class xLoRAModel(Wrapper):
         """What the layers take of the classifier's output: a tensor for all, or a tuple of one for each."""
         gates = self.xlora_classifier.select(scalings).unbind(-2)
         return gates if self.xlora_config.layerwise_scalings else gates[0]
-
-    def next_fixed_gates(self, counts):
-        """The gates of `set_scalings_with_lifetime` while they last, else None; `counts` uses up one forward."""
-        if self.fixed is None:
-            return None
-        gates, left = self.fixed
-        if counts:
-            self.fixed = (gates, left - 1) if left > 1 else None
-        return gates
 
     def set_scalings_with_lifetime(self, value, n_accesses_lifetime):
         """Use the gates `value`, (batch, n), in the next so many forwards (steps of a generation), then the former."""
@@ -211,7 +197,9 @@ class xLoRAModel(Wrapper):
 
     def set_topk_lora(self, value):
         """Use the `value` experts with the largest gates; None: all. Raises ValueError for more than there are."""
-        check_k(value, len(self.keys))
+        n = len(self.keys)
+        fits = value is None or isinstance(value, int) and 1 <= value <= n
+        check.value(fits, "top_k_lora", repr(value), f"None or an integer from 1 to {n}, the number of experts")
         self.xlora_config.top_k_lora = value
 
     def get_topk_lora(self):
@@ -226,6 +214,71 @@ class xLoRAModel(Wrapper):
     def get_use_trainable_adapters(self):
         return self.xlora_config.use_trainable_adapters
 
-    def save_pretrained(self, save_directory, safe_serialization=True, is_main_process=True, names="xlora"):
-        """Write the mixture as a folder of xlora's or of PEFT's ("peft"), with each expert in one of its own below."""
-        files.save(self, save_directory, safe_serialization, is_main_process, names)
+    save_pretrained = files.save_pretrained
+
+
+def add_xlora_to_model(model, xlora_config, adapters=None, verbose=False):
+    """Give a plain Hugging Face model a mixture of these experts, {name: PEFT folder}, in place; returns an xLoRAModel.
+
+    `adapters` default to the configuration's. The model and the experts are frozen, the classifier trains. Raises
+    ValueError, with the model as it was, for an expert of another model, or a field that does not fit. Source: X-LoRA,
+    Buehler and Buehler 2024, arXiv 2402.07148.
+    """
+    if isinstance(adapters, bool):
+        # the later version's order: model, configuration, verbose
+        adapters, verbose = None, adapters
+    check.kind(isinstance(xlora_config, xLoRAConfig), "xlora_config", type(xlora_config).__name__, "an xLoRAConfig")
+    adapters = xlora_config.adapters if adapters is None else adapters
+    mixture = xLoRAModel(model, xlora_config, adapters)
+    folders = {name: None if isinstance(source, dict) else str(source) for name, source in adapters.items()}
+    mixture.xlora_config.adapters = folders
+    if verbose:
+        print(f"{len(mixture.expert_names)} experts on {len(mixture.experts)} layers")
+    return mixture
+
+
+def from_pretrained(load_directory, model, adapters=None, verbose=False, device=None, from_safetensors=True):
+    """A mixture from a folder of xlora's or of PEFT's, on a plain model, in place; returns an xLoRAModel.
+
+    `adapters`: {name: folder}, in the order that the classifier was trained with; or a list of names, or None, of
+    experts that were saved below `load_directory`. `device`: the classifier's. Raises ValueError or OSError, with the
+    model as it was, for files that are missing or do not fit.
+    """
+    config, peft = files.read_config(load_directory)
+    names = config.adapters or ()
+    if not isinstance(adapters, dict):
+        adapters = files.expert_folders(load_directory, names if adapters is None else adapters)
+    if set(adapters) == set(names):
+        # the classifier's order
+        adapters = {name: adapters[name] for name in names}
+    count = len(adapters) == len(names) or not names
+    check.value(count, "adapters", f"{len(adapters)} experts", f"{len(names)}, as the classifier was trained with")
+    config.device = None if device is None else torch.device(device)
+    mixture = add_xlora_to_model(model, config, adapters, verbose)
+    try:
+        tensors = files.read_classifier(load_directory, mixture.xlora_classifier, peft, from_safetensors)
+        mixture.xlora_classifier.load_state_dict(tensors)
+    except BaseException:
+        mixture.remove()
+        raise
+    return mixture
+
+
+def _of_the_latest(method):
+    @functools.wraps(method)
+    def function(*args):
+        return method(latest(), *args)
+
+    return function
+
+
+enable_scalings_logging = _of_the_latest(xLoRAModel.enable_scalings_logging)
+flush_log_scalings = _of_the_latest(xLoRAModel.flush_log_scalings)
+print_scalings_predictions = _of_the_latest(xLoRAModel.print_scalings_predictions)
+set_scalings_with_lifetime = _of_the_latest(xLoRAModel.set_scalings_with_lifetime)
+
+
+def disable_scalings_logging():
+    """Keep no more outputs of the classifier, and forget those kept, as the first version does."""
+    latest().disable_scalings_logging()
+    latest().clear_scalings_log()

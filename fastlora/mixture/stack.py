@@ -1,12 +1,17 @@
-"""A transformer whose layers are gated: it runs once for the classifier, then with the gates."""
+"""A transformer whose layers are gated: it runs once for the classifier, then with the gates.
 
+The scaling pass's keys and values are in the cache of the model's own: its layers stand behind the model's in the
+cache's one list of layers, so what reorders, crops, repeats, resets or copies the cache does so to both.
+`scaling_start` is where they begin, `scaling_mark` whose they are.
+"""
+
+import copy
 import inspect
 import re
 import threading
 
 import torch
 
-from fastlora.mixture.cache import find_cache, join_half, scaling_half
 from fastlora.nn.switch import selected, switch
 from fastlora.ops import check
 
@@ -36,38 +41,32 @@ def is_cross(name):
 class Stack:
     """Hooks around the forward of one of `stacks_of`: the first picks the gates for it, the second ends that.
 
-    In between the layers that belong to `mixture.owner` find them in `switch`.
+    In between the layers that belong to `mixture.owner` find them in `switch`. `cross`: the places of layers that read
+    the encoder; `counts`: a forward of this stack is one of the model's.
     """
 
     def __init__(self, mixture, module, cross, counts):
-        # `cross`: the places of layers that read the encoder; `counts`: a forward of this stack is one of the model's
         self.mixture, self.counts = mixture, counts
         self.names = list(inspect.signature(module.forward).parameters)
         self.cross = cross if "encoder_hidden_states" in self.names and mixture.xlora_config.per_token else []
         before = module.register_forward_pre_hook(self.enter, with_kwargs=True)
         self.handles = before, module.register_forward_hook(self.leave, always_call=True)
 
-    def unhook(self):
-        """Take the hooks off again."""
-        for handle in self.handles:
-            handle.remove()
-
     # compiled as the root of a graph, a module would not see what its own hooks write to a threading.local
     @torch.compiler.disable(recursive=False)
     def enter(self, module, args, kwargs):
-        before = switch.tasks
-        _running.runs = (*_running.runs, (self, before, None))
-        if self.mixture.is_disabled():
-            return None
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        gates, half = self._gates(module, kwargs)
-        _running.runs = (*_running.runs[:-1], (self, before, half))
-        switch.tasks = ((self.mixture.owner, self.mixture.keys, gates), *before)
-        return (), kwargs
+        before, half = switch.tasks, None
+        # in `disable_adapter` this thread runs the model alone
+        if not switch.off or any(id(layer) not in switch.off for layer in self.mixture.experts):
+            args, kwargs = (), {**dict(zip(self.names, args, strict=False)), **kwargs}
+            gates, half = self._gates(module, kwargs)
+            switch.tasks = ((self.mixture.owner, self.mixture.keys, gates), *before)
+        _running.runs = (*_running.runs, (self, before, half))
+        return args, kwargs
 
     @torch.compiler.disable(recursive=False)
     def leave(self, module, args, output):
-        # another hook may have raised before `enter`
+        # `enter` or another hook may have raised before
         if not _running.runs or _running.runs[-1][0] is not self:
             return
         _, switch.tasks, half = _running.runs[-1]
@@ -75,7 +74,7 @@ class Stack:
         if half is not None and output is not None:
             cache = find_cache(output if isinstance(output, tuple) else output.values())
             if cache is not None:
-                join_half(cache, half, self.mixture.scaling_mark())
+                _join(cache, half, self.mixture.scaling_mark())
 
     def _gates(self, module, kwargs):
         """(the gates of this forward, the cache of its scaling pass or None)"""
@@ -83,28 +82,66 @@ class Stack:
         if not mixture.xlora_config.per_token and "use_cache" in self.names:
             check.value(cache is None, "past_key_values", "a cache", "none: gates of a whole sequence change with it")
             kwargs["use_cache"] = False
-        fixed = mixture.next_fixed_gates(self.counts)
+        fixed, left = mixture.fixed or (None, 0)
+        if self.counts and left:
+            mixture.fixed = (fixed, left - 1) if left > 1 else None
         if fixed is not None and cache is None and kwargs.get("use_cache") is False:
             return fixed, None
-        own = {**kwargs, "return_dict": True, "output_hidden_states": False, "output_attentions": False}
-        half = None
-        if cache is not None:
-            half = scaling_half(cache, mixture.scaling_mark())
-            own.update({name: half for name, value in kwargs.items() if value is cache})
+        half = None if cache is None else _scaling_half(cache, mixture.scaling_mark())
+        own = {name: half if value is cache else value for name, value in kwargs.items()}
+        own |= {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
         with torch.no_grad(), selected(mixture.owner, *mixture.scaling_pass()):
             output = module.forward(**own)
         if fixed is None:
             mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-            fixed = self._with_cross(mixture.predict(output.last_hidden_state, mask, ids), kwargs)
+            fixed = self._with_cross(mixture.predict(output.last_hidden_state, mask, ids), kwargs, cache)
         return fixed, find_cache(output.values()) if half is None else half
 
-    def _with_cross(self, gates, kwargs):
+    def _with_cross(self, gates, kwargs, cache):
         """`gates`, those of the layers that read the encoder's states being predicted from these."""
-        states, cache = kwargs.get("encoder_hidden_states"), find_cache(kwargs.values())
+        mixture, states = self.mixture, kwargs.get("encoder_hidden_states")
         # once the cache holds their keys and values, these layers run no more
         if not self.cross or states is None or any(getattr(cache, "is_updated", {}).values()):
             return gates
-        mixture = self.mixture
         theirs = mixture.gates_of(mixture.xlora_classifier(states))
         own, theirs = ([g] * len(mixture.experts) if isinstance(g, torch.Tensor) else list(g) for g in (gates, theirs))
         return tuple(theirs[i] if i in self.cross else g for i, g in enumerate(own))
+
+
+def find_cache(values):
+    """The first transformers cache among these values; None for none."""
+    return next((v for v in values if hasattr(v, "get_seq_length")), None)
+
+
+def _parts(cache):
+    """The caches with layers that a cache consists of: two in an encoder-decoder's."""
+    return [cache] if hasattr(cache, "layers") else [cache.self_attention_cache, cache.cross_attention_cache]
+
+
+def _scaling_half(cache, mark):
+    """The cache that the scaling pass uses beside `cache`. Raises ValueError for one that no mixture has filled."""
+    parts, half = _parts(cache), copy.copy(cache)
+    offloads = any(getattr(part, "offloading", False) for part in parts)
+    check.value(not offloads, "past_key_values", "an offloaded cache", "one that stays where the model is")
+    if len(parts) == 2:
+        half.self_attention_cache, half.cross_attention_cache = map(copy.copy, parts)
+        # filled by the same forwards as the model's own
+        half.is_updated = dict(cache.is_updated)
+    for part, own in zip(parts, _parts(half), strict=True):
+        start = getattr(part, "scaling_start", None)
+        own.layers = copy.deepcopy(part.layers) if start is None else part.layers[start:]
+    length, known = int(cache.get_seq_length()), getattr(parts[0], "scaling_mark", None)
+    fits = not length or known == mark and int(half.get_seq_length()) == length
+    made = "no scaling pass" if known is None else f"a scaling pass over {half.get_seq_length()}, {known}"
+    check.value(fits, "past_key_values", f"a cache of {length} tokens with {made}",
+                f"an empty one, or one that this mixture has filled: {mark}")  # fmt: skip
+    return half
+
+
+def _join(cache, half, mark):
+    """Put what the scaling pass has made behind what the model has made."""
+    for part, own in zip(_parts(cache), _parts(half), strict=True):
+        if not hasattr(part, "scaling_start"):
+            part.scaling_start = len(part.layers)
+            part.layers.extend(own.layers)
+        part.scaling_mark = mark

@@ -26,9 +26,6 @@ class ProjectionLoRA(LinearLoRA, nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
 
-    def forward(self, x, weight, bias):
-        return self.run(None if self.is_off() else self.adapters(), x, weight, bias)
-
     def run(self, adapters, x, weight, bias):
         return F.linear(x, weight, bias) if adapters is None else self.project(x, weight, bias, *adapters)
 
@@ -42,11 +39,10 @@ class AttentionLoRA:
     def add_projections(self, enable_lora, cls=ProjectionLoRA):
         """Add children lora_q, …, without adapters yet."""
         for name in enable_lora:
-            weight = self.projection_weights()[name]
-            self.add_module(f"lora_{name}", cls(weight.shape[1], weight.shape[0]).train(self.training))
+            out_features, in_features = self.projection_weights()[name].shape
+            self.add_module(f"lora_{name}", cls(in_features, out_features).train(self.training))
 
     def attach(self, r, lora_alpha, lora_dropout, dtype, device):
-        """Give each projection among the children an adapter, not yet initialised."""
         for projection in self.projections().values():
             projection.attach(r, lora_alpha, lora_dropout, dtype, device)
 
@@ -65,7 +61,6 @@ class AttentionLoRA:
         return dict(zip(PROJECTIONS, (*qkv, self.out_proj.weight), strict=True))
 
     def biases(self):
-        """{name: parameter} of what `bias="lora_only"` trains beside the adapters."""
         owners = {"out_proj.bias" if name == "o" else "in_proj_bias" for name in self.projections()}
         return {name: p for name, p in self.named_parameters() if name in owners}
 
@@ -80,11 +75,10 @@ class AttentionLoRA:
         for name, projection in self.projections().items():
             if not projection.r:
                 continue
-            update = projection.update(*projection.adapters())
             owner, key, rows = self._place(name)
             weight = owner._parameters[key]
             merged = weight.detach().clone()
-            merged[rows] = (weight[rows] + update).to(weight.dtype)
+            merged[rows] += projection.update(*projection.adapters())
             owner._parameters[key] = nn.Parameter(merged, requires_grad=weight.requires_grad)
 
     def _place(self, name):
@@ -96,18 +90,12 @@ class AttentionLoRA:
             return self, "in_proj_weight", slice(start, start + self.embed_dim)
         return self, f"{name}_proj_weight", slice(None)
 
-    def __getstate__(self):
-        # object has one from Python 3.11 on
-        return vars(self).copy()
-
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         names.adopt(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def forward(
-        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
-        is_causal=False,
-    ):  # fmt: skip
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+                average_attn_weights=True, is_causal=False):  # fmt: skip
         check.value(attn_mask is not None or not is_causal, "attn_mask", None, "a mask, of which is_causal is a hint")
         check.value(not query.is_nested, "query", "a nested tensor", "a padded one and key_padding_mask; "
                     "nn.TransformerEncoder makes none with enable_nested_tensor=False")  # fmt: skip
@@ -153,8 +141,7 @@ class AttentionLoRA:
         mask = None
         if attn_mask is not None:
             shapes = (length, k.shape[2]), (n * heads, length, k.shape[2])
-            got = tuple(attn_mask.shape)
-            check.value(got in shapes, "attn_mask", got, f"{shapes[0]} or {shapes[1]}")
+            check.value(attn_mask.shape in shapes, "attn_mask", tuple(attn_mask.shape), f"{shapes[0]} or {shapes[1]}")
             mask = _additive("attn_mask", attn_mask, q.dtype)
             mask = mask.unflatten(0, (n, heads)) if mask.dim() == 3 else mask[None, None]
         if key_padding_mask is not None:
@@ -166,16 +153,14 @@ class AttentionLoRA:
 
     def _extend(self, k, v, mask):
         """With add_bias_kv and add_zero_attn: one more key and value each, that no mask hides."""
-        n, heads, _, size = k.shape
-        extra = []
+        n, heads, length, size = k.shape
         if self.bias_k is not None:
-            extra.append([t.view(1, heads, 1, size).expand(n, -1, -1, -1) for t in (self.bias_k, self.bias_v)])
+            bias_k, bias_v = (t.view(1, heads, 1, size).expand(n, -1, -1, -1) for t in (self.bias_k, self.bias_v))
+            k, v = torch.cat((k, bias_k), 2), torch.cat((v, bias_v), 2)
         if self.add_zero_attn:
-            extra.append([k.new_zeros(n, heads, 1, size)] * 2)
-        for more_k, more_v in extra:
-            k, v = torch.cat((k, more_k), 2), torch.cat((v, more_v), 2)
-            mask = None if mask is None else F.pad(mask, (0, 1))
-        return k, v, mask
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        more = k.shape[2] - length
+        return k, v, F.pad(mask, (0, more)) if more and mask is not None else mask
 
     def _attend(self, q, k, v, mask, need_weights):
         p = self.dropout if self.training else 0.0
@@ -206,9 +191,7 @@ class MultiheadAttention(AttentionLoRA, nn.MultiheadAttention):
 
     lora_base = nn.MultiheadAttention
 
-    def __init__(
-        self, embed_dim, num_heads, enable_lora=PROJECTIONS, r=0, lora_alpha=1, lora_dropout=0.0, **kwargs
-    ):  # fmt: skip
+    def __init__(self, embed_dim, num_heads, enable_lora=PROJECTIONS, r=0, lora_alpha=1, lora_dropout=0.0, **kwargs):
         check_adapter(r, lora_alpha, lora_dropout)
         enabled = isinstance(enable_lora, (list, tuple)) and all(name in PROJECTIONS for name in enable_lora)
         check.value(enabled, "enable_lora", repr(enable_lora), "a list of 'q', 'k', 'v', 'o'")

@@ -1,5 +1,6 @@
 """A layer with several adapters, by name: which of them run is chosen per thread, in one gated call."""
 
+import inspect
 import itertools
 import operator
 import re
@@ -8,9 +9,8 @@ import torch
 from torch import nn
 
 from fastlora.nn.attention import ProjectionLoRA
-from fastlora.nn.layer import Adapter
-from fastlora.nn.rows import Stacked
-from fastlora.nn.switch import cannot_know, is_off, is_recompute, selection, switch
+from fastlora.nn.layer import Adapter, LoRALayer
+from fastlora.nn.switch import Stacked, cannot_know, checkpoint_context, is_off, is_recompute, selection, switch
 from fastlora.ops import check
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))
@@ -39,8 +39,9 @@ def pick(tasks, keys):
 class TaskAdapter(Adapter, nn.Module):
     """One task's lora_A, lora_B and scaling on one layer."""
 
-    def extra_repr(self):
-        return f"r={self.r}, lora_alpha={self.lora_alpha}"
+
+class Owner:
+    """The key under which a thread's choice of adapters is kept; a copy of a model has its own."""
 
 
 class Chooser:
@@ -64,13 +65,10 @@ class Chooser:
             self._chose = (keys, gates) if ran is None else False
 
     def train(self, mode=True):
-        self._chose = None
+        self._chose, self._ran = None, frozenset()
         return super().train(mode)
 
-    def __getstate__(self):
-        # object has one from Python 3.11 on
-        before = getattr(super(), "__getstate__", lambda: self.__dict__)()
-        return {**before, "_chose": None, "_stack": None}
+    __getstate__ = LoRALayer.__getstate__
 
 
 class Bank(Chooser):
@@ -85,7 +83,6 @@ class Bank(Chooser):
     _stack = None
 
     def open(self, owner, lora_dropout=0.0):
-        """Make room for tasks."""
         self.owner, self.tasks = owner, nn.ModuleDict()
         self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
         if self.kind == "conv":
@@ -106,11 +103,9 @@ class Bank(Chooser):
 
     @property
     def r(self):
-        """The rank in force: the sum of the chosen adapters'."""
         return sum(task.r for task in pick(self.tasks, self.chosen()[0]))
 
     def set_scale(self, scale):
-        """Scale the chosen adapters by scale · lora_alpha / r."""
         for task in pick(self.tasks, self.chosen()[0]):
             task.set_scale(scale)
 
@@ -193,7 +188,44 @@ class TaskProjection(Bank, ProjectionLoRA):
 Bank.projection = TaskProjection
 
 
-class Wrapped(Chooser, nn.Module):
+class Around(nn.Module):
+    """Holds a module, and has its attributes: what a user or a Trainer asks for, as config, device, generate."""
+
+    _held = "model"
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == self._held:
+                raise
+            return getattr(getattr(self, self._held), name)
+
+
+class Wrapper(Around):
+    """Answers in place of `model`, which it holds, what a Trainer asks of it."""
+
+    @property
+    def accepts_loss_kwargs(self):
+        """What a Trainer asks before it passes num_items_in_batch: whether the wrapped model takes any keyword."""
+        kinds = [parameter.kind for parameter in inspect.signature(self.model.forward).parameters.values()]
+        return getattr(self.model, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **options):
+        """transformers' method, with `context_fn=fastlora.checkpoint_context`: a recompute runs the same adapters."""
+        given = {"use_reentrant": False, "context_fn": checkpoint_context, **(gradient_checkpointing_kwargs or {})}
+        check.value(not given["use_reentrant"], "use_reentrant", given["use_reentrant"],
+                    "False: a reentrant recompute cannot know the adapters")  # fmt: skip
+        name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(self.model, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": given}, **options)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
+        """The same, by its name from transformers 5.24 on."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+
+class Wrapped(Chooser, Around):
     """A module of a user's own type, `module`, with a module for each task that runs in its place.
 
     Several tasks, or weights: module(x) + Σ gate · (task(x) − module(x)), a loop, as nothing is known of what they do.
@@ -201,6 +233,7 @@ class Wrapped(Chooser, nn.Module):
     """
 
     holds_adapters = True
+    _held = "module"
     # as LoRALayer's, for `is_off`
     rank = None
     _ran = frozenset()
@@ -209,16 +242,7 @@ class Wrapped(Chooser, nn.Module):
         super().__init__()
         self.module, self.owner, self.tasks = module, owner, nn.ModuleDict()
 
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "module":
-                raise
-            return getattr(self.module, name)
-
     def check_merge(self, name):
-        """Raise ValueError: nothing is known of what a task's module does."""
         check.value(False, name, "a module of a user's type with tasks", "a layer to merge into")
 
     def biases(self):
@@ -241,7 +265,3 @@ class Wrapped(Chooser, nn.Module):
                 gate = gate.view(-1, *(1 for _ in base.shape[1:]))
             y = y + gate * (task(*args, **kwargs) - base)
         return y
-
-    def train(self, mode=True):
-        self._ran = frozenset()
-        return super().train(mode)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.nn.layer import LoRALayer, check_adapter
-from fastlora.nn.rows import match_rows, rank_list
+from fastlora.nn.switch import match_rows, rank_list
 from fastlora.ops import check
 from fastlora.ops.expand import lora_expand_op
 
@@ -36,14 +36,11 @@ class ConvLoRA(LoRALayer):
         got = f"a {type(self).__name__} in the form 'peft' with groups = {self.groups}"
         check.value(self.form != "peft" or self.groups == 1, name, got, "groups = 1: this ΔW is no grouped weight")
 
-    @property
-    def conv(self):
-        """The layer itself: loralib keeps the convolution under this name."""
-        return self
+    # the layer itself: loralib keeps the convolution under this name
+    conv = property(lambda self: self)
 
     def adapter_shapes(self, r):
-        out, inner = self.out_channels, self.in_channels
-        k, groups = self.kernel_size, self.groups
+        out, inner, k, groups = self.out_channels, self.in_channels, self.kernel_size, self.groups
         # also of a plain convolution
         form = getattr(self, "form", ConvLoRA.form)
         if form == "peft":
@@ -58,9 +55,8 @@ class ConvLoRA(LoRALayer):
             return lora_A[..., start:stop, :], lora_B[..., start:stop]
         if self.form == "peft":
             check.value(self.groups == 1, "rank", f"a part of r with groups = {self.groups}", "all components")
-            return lora_A[start:stop], lora_B[:, start:stop]
-        start, stop = start * self.kernel_size[0], stop * self.kernel_size[0]
-        return lora_A[start:stop], lora_B[:, start:stop]
+        each = 1 if self.form == "peft" else self.kernel_size[0]
+        return super().narrow(lora_A, lora_B, start * each, stop * each)
 
     def delta(self, lora_A, lora_B):
         if self.form != "peft":
@@ -95,14 +91,12 @@ class ConvLoRA(LoRALayer):
         channels = -1 - len(self.kernel_size)
         down = A[0] if len(A) == 1 else torch.cat(A)
         z = self._convolve(self.lora_dropout(x), down.to(x.dtype), 1).movedim(channels, -1)
-        up = self.up(B)
         if gates is not None and gates.dim() > 1:
             gates = gates.view(gates.shape[0], *(1 for _ in self.kernel_size), -1)
         base = self.plain(x, self.weight)
-        ranks = rank_list(A, gates)
         # the kernels copy strided tensors anyway, and Inductor fails on those with symbolic sizes
         y, z = base.movedim(channels, -1).contiguous(), z.contiguous()
-        y = lora_expand_op(y, z, up, scaling, gates, ranks, ()).movedim(-1, channels)
+        y = lora_expand_op(y, z, self.up(B), scaling, gates, rank_list(A, gates), ()).movedim(-1, channels)
         # a view with channels last would break a program's y.view(len(y), -1)
         return y.contiguous() if base.is_contiguous() else y
 
@@ -122,10 +116,8 @@ class ConvLoRA(LoRALayer):
 
 
 class _Convolution(ConvLoRA):
-    def __init__(
-        self, in_channels, out_channels, kernel_size, r=0, lora_alpha=1, lora_dropout=0.0, merge_weights=True,
-        form="loralib", **kwargs,
-    ):  # fmt: skip
+    def __init__(self, in_channels, out_channels, kernel_size, r=0, lora_alpha=1, lora_dropout=0.0,
+                 merge_weights=True, form="loralib", **kwargs):  # fmt: skip
         check_adapter(r, lora_alpha, lora_dropout)
         check.value(form in FORMS, "form", repr(form), f"one of {', '.join(FORMS)}")
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)
@@ -146,24 +138,21 @@ class Conv1d(_Convolution, nn.Conv1d):
 
 
 class Conv2d(_Convolution, nn.Conv2d):
-    """loralib's Conv2d, with dropout and kernels of any shape: y = conv2d(x, W + lora_alpha / r ΔW) + bias.
+    """loralib's Conv2d, for any kernel: as Conv1d, with x (N, in, H, W) or (in, H, W).
 
-    x (N, in, H, W) or (in, H, W). `form` "loralib": ΔW = lora_B lora_A viewed as W (out, in / groups, k, l), lora_A
-    (r·k, in·l), lora_B (out / groups · k, r·k). "peft": lora_A (r, in, k, l) down, lora_B (out, r / groups, 1, 1) up.
-    "tasks": lora_A (k, l, r, in / groups), lora_B (k, l, out, r). `kwargs` go to nn.Conv2d. Raises ValueError naming
-    the argument. Source: loralib 0.1.2.
+    `form` "loralib": lora_A (r·k, in·l), lora_B (out / groups · k, r·k). "peft": lora_A (r, in, k, l), lora_B
+    (out, r / groups, 1, 1). "tasks": lora_A (k, l, r, in / groups), lora_B (k, l, out, r).
     """
 
     lora_base = nn.Conv2d
 
 
 class Conv3d(_Convolution, nn.Conv3d):
-    """loralib's Conv3d, for any kernel: y = conv3d(x, W + lora_alpha / r ΔW) + bias, or PEFT's form.
+    """loralib's Conv3d, for any kernel: as Conv1d, with x (N, in, D, H, W) or (in, D, H, W).
 
-    x (N, in, D, H, W) or (in, D, H, W). `form` "loralib": ΔW = lora_B lora_A viewed as W (out, in / groups, k, l, m),
-    lora_A (r·k, in·l·m), lora_B (out / groups · k, r·k), where loralib's own shapes fail for k > 1. "peft": lora_A
-    (r, in, k, l, m) down, lora_B (out, r / groups, 1, 1, 1) up. "tasks": lora_A (k, l, m, r, in / groups), lora_B
-    (k, l, m, out, r). `kwargs` go to nn.Conv3d. Raises ValueError naming the argument. Source: loralib 0.1.2.
+    `form` "loralib": lora_A (r·k, in·l·m), lora_B (out / groups · k, r·k), where loralib's own shapes fail for k > 1.
+    "peft": lora_A (r, in, k, l, m), lora_B (out, r / groups, 1, 1, 1). "tasks": lora_A (k, l, m, r, in / groups),
+    lora_B (k, l, m, out, r).
     """
 
     lora_base = nn.Conv3d

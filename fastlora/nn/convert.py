@@ -32,8 +32,6 @@ _transposed = set()
 _OWN = ("r", "lora_alpha", "lora_dropout", "lora_A", "lora_B", "scaling", "rank", "frozen", "_factor", "fan_in_fan_out",
         "merged", "merge_weights", "enable_lora", "form", "tasks", "owner", "place", "_merged_copy",
         "_ran", "_chose", "_stack")  # fmt: skip
-# module that defines a type of linear layer -> ours that registers it, loaded once the former is
-_INTEGRATIONS = {"transformers.pytorch_utils": "fastlora.integrations.transformers"}
 
 
 def register_linear(cls, fan_in_fan_out=False):
@@ -45,21 +43,25 @@ def register_linear(cls, fan_in_fan_out=False):
 
 def kind_of(module):
     """The kind of LoRA layer that a module becomes; None for one that cannot have an adapter."""
-    for defines, registers in _INTEGRATIONS.items():
-        if defines in sys.modules:
-            importlib.import_module(registers)
+    if "transformers.pytorch_utils" in sys.modules:
+        # which defines a type of linear layer: ours registers it
+        importlib.import_module("fastlora.integrations.transformers")
     kind = _kinds.get(getattr(type(module), "lora_base", type(module)))
     if kind is DenseLoRA:
         weight = module._parameters.get("weight")
         dense = type(weight) is nn.Parameter and weight.is_floating_point()
         return DenseLoRA if dense and weight.layout == torch.strided and weight.dim() == 2 else OpaqueLoRA
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return kind or (OpaqueLoRA if all(isinstance(size, int) for size in sizes) else None)
+    sized = all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
+    return kind or (OpaqueLoRA if sized else None)
 
 
 def is_linear(module):
-    kind = kind_of(module)
-    return kind is not None and issubclass(kind, (DenseLoRA, OpaqueLoRA))
+    return issubclass(kind_of(module) or object, (DenseLoRA, OpaqueLoRA))
+
+
+def dense_weight(module):
+    """W as (out, in) of a module whose kind is DenseLoRA, plain or not."""
+    return module.weight.t() if getattr(type(module), "lora_base", type(module)) in _transposed else module.weight
 
 
 def factor_shapes(module, r):
@@ -92,14 +94,12 @@ def check_convertible(name, modules, r):
 
 def _bound_forwards(module):
     """The instance attributes that hold the class's own forward, as accelerate's `_old_forward`."""
-    own = type(module).forward
-    return [
-        key for key, value in vars(module).items()
-        if getattr(value, "__self__", None) is module and getattr(value, "__func__", None) is own
-    ]  # fmt: skip
+    own = types.MethodType(type(module).forward, module)
+    return [key for key, value in vars(module).items() if type(value) is types.MethodType and value == own]
 
 
-def _change_class(module, cls):
+def change_class(module, cls):
+    """Make a module one of another class, with the forwards that accelerate has put on it."""
     bound = _bound_forwards(module)
     module.__class__ = cls
     for key in bound:
@@ -116,10 +116,10 @@ def convert(module, *mixins):
     """Make a module a LoRA layer, in place, without an adapter yet; `mixins` come before its kind (Bank, say)."""
     base, kind = type(module), kind_of(module)
     if kind is AttentionLoRA:
-        _change_class(module, lora_class(base, AttentionLoRA))
+        change_class(module, lora_class(base, AttentionLoRA))
         module.add_projections(PROJECTIONS, mixins[0].projection if mixins else ProjectionLoRA)
         return
-    _change_class(module, lora_class(base, *mixins, kind))
+    change_class(module, lora_class(base, *mixins, kind))
     if base in _transposed:
         module.fan_in_fan_out = True
 
@@ -132,17 +132,14 @@ def restore(module, merged):
             module.merge_projections()
         for name in module.projections():
             del module._modules[f"lora_{name}"]
-        _change_class(module, base)
+        change_class(module, base)
         return
-    weight = None
-    if merged and module.r:
-        weight = module.merged_weight()
-    elif module.fan_in_fan_out and base is nn.Linear:
-        weight = module.base_weight().detach()
-    if weight is not None:
-        weight = weight if base is nn.Linear or not module.fan_in_fan_out else weight.t()
+    changed, turned = merged and module.r, module.fan_in_fan_out
+    if changed or turned and base is nn.Linear:
+        weight = module.merged_weight() if changed else module.base_weight().detach()
+        weight = weight.t() if turned and base is not nn.Linear else weight
         module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
     for name in _OWN:
         for attributes in (module._parameters, module._modules, vars(module)):
             attributes.pop(name, None)
-    _change_class(module, base)
+    change_class(module, base)

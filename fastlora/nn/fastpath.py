@@ -23,8 +23,7 @@ def holds_adapters(module):
 def update_fast_paths(model):
     """Turn the fused path off in every encoder that holds an adapter, and on again in those that no longer do."""
     for module in model.modules():
-        adapted = any(holds_adapters(child) for child in module.modules())
-        _turn(module, on=not adapted)
+        _turn(module, on=not any(map(holds_adapters, module.modules())))
 
 
 def _turn(module, on):

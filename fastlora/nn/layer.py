@@ -18,8 +18,6 @@ def identity(x):
 
 
 def check_adapter(r, lora_alpha, lora_dropout, least=0):
-    """Raise ValueError for an adapter that cannot be built."""
-
     def finite(number):
         return isinstance(number, (int, float)) and math.isfinite(number)
 
@@ -66,6 +64,10 @@ class Adapter:
             self.scaling = self.scaling.to("cpu" if device.type == "meta" else device)
         return self
 
+    def extra_repr(self):
+        own = f"r={self.r}, lora_alpha={self.lora_alpha}" if self.r else "r=0"
+        return ", ".join(filter(None, [super().extra_repr(), own]))
+
 
 class LoRALayer(Adapter):
     """An adapter on a module, mixed in before its torch class: r, lora_alpha, lora_dropout, lora_A, lora_B, scaling.
@@ -87,7 +89,6 @@ class LoRALayer(Adapter):
     _ran = frozenset()
 
     def attach(self, r, lora_alpha, lora_dropout, dtype, device):
-        """Give this module an adapter, not yet initialised; none at r = 0."""
         if r:
             self.check_base(r)
         self.lora_dropout = nn.Dropout(lora_dropout).train(self.training) if lora_dropout > 0 else identity
@@ -129,9 +130,7 @@ class LoRALayer(Adapter):
 
     def reset_parameters(self):
         """Initialise everything again, as after `to_empty`."""
-        base = getattr(super(), "reset_parameters", None)
-        if base:
-            base()
+        getattr(super(), "reset_parameters", lambda: None)()
         if "lora_A" in self._parameters:
             self.reset_lora_parameters()
         self.refresh()
@@ -174,19 +173,16 @@ class LoRALayer(Adapter):
         self.refresh()
 
     def __getstate__(self):
-        return {**self.__dict__, "_merged_copy": None}
+        # without what is made anew, and what a bank notes for its own recompute
+        return {key: value for key, value in vars(self).items() if key not in ("_merged_copy", "_chose", "_stack")}
 
     def __setstate__(self, state):
         super().__setstate__(state)
         if self.rank:
             ranked_layers.add(self)
 
-    def extra_repr(self):
-        own = [f"r={self.r}", *([f"lora_alpha={self.lora_alpha}"] if self.r else [])]
-        return ", ".join(filter(None, [super().extra_repr(), *own]))
-
     def dropout_p(self):
-        """The probability in force, from the nn.Dropout that programs may change."""
+        # from the nn.Dropout that programs may change
         dropout = self.lora_dropout
         return dropout.p if dropout is not identity and dropout.training else 0.0
 
@@ -197,19 +193,16 @@ class LoRALayer(Adapter):
         """
         A, B, k = self.lora_A, self.lora_B, self.rank
         if id(self) in switch.row_ranks:
-            return (A,), (B,), self.scaling, self._rank_gates(switch.row_ranks[id(self)].to(A.device))
+            # 1 for the components that a row uses, times what makes lora_alpha / r its lora_alpha / rank
+            ranks = switch.row_ranks[id(self)].to(A.device).clamp(max=self.r)[:, None]
+            gates = (torch.arange(self.r, device=A.device) < ranks) * ((k or self.r) / ranks)
+            return (A,), (B,), self.scaling, gates
         if k is not None and self.frozen and self.training and k > 1:
             low, live = self.narrow(A.detach(), B.detach(), 0, k - 1), self.narrow(A, B, k - 1, k)
             return (low[0], live[0]), (low[1], live[1]), self.scaling, None
         if k is not None:
             A, B = self.narrow(A, B, 0, k)
         return (A,), (B,), self.scaling, None
-
-    def _rank_gates(self, ranks):
-        """1 for the components that a batch row uses, times what makes lora_alpha / r its lora_alpha / rank."""
-        ranks = ranks.clamp(max=self.r)
-        rows = torch.arange(self.r, device=ranks.device) < ranks[:, None]
-        return rows * ((self.rank or self.r) / ranks[:, None])
 
     def forward(self, x):
         if self.merged or switch.apart or self._ran or self.rank or not self.r:
@@ -219,11 +212,9 @@ class LoRALayer(Adapter):
         return self.adapted(x, *self.adapters())
 
     def is_off(self):
-        """Whether this thread runs the layer without its adapter."""
         return bool(switch.apart or self._ran or self.rank) and is_off(self)
 
     def run(self, adapters, x):
-        """The forward with these adapters, or with none."""
         return self.plain(x, self.base_weight()) if adapters is None else self.adapted(x, *adapters)
 
     def base_weight(self):
@@ -233,8 +224,6 @@ class LoRALayer(Adapter):
     @torch.no_grad()
     def merged_weight(self):
         """W + Σ gate · scale · ΔW, a new tensor in W's dtype, rounded once."""
-        if not self.r:
-            return self.base_weight().detach().clone()
         return (self.base_weight() + self.update(*self.adapters())).to(self.base_weight().dtype)
 
     def update(self, A, B, scaling, gates):

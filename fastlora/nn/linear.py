@@ -2,13 +2,13 @@
 
 import functools
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastlora.nn.fastpath import watch_registrations
 from fastlora.nn.layer import Adapter, LoRALayer, check_adapter, identity
-from fastlora.nn.rows import match_rows, rank_list
-from fastlora.nn.switch import switch
+from fastlora.nn.switch import match_rows, rank_list, switch
 from fastlora.ops import check, lora_expand, lora_linear, lora_shrink
 from fastlora.ops.dropout import draw_seed
 from fastlora.ops.linear import lora_linear_op
@@ -28,8 +28,10 @@ class LinearLoRA(LoRALayer):
     def delta(self, lora_A, lora_B):
         return lora_B @ lora_A
 
+    def forward(self, *args, **kwargs):
+        return self.run(None if self.is_off() else self.adapters(), *args, **kwargs)
+
     def project(self, x, weight, bias, A, B, scaling, gates):
-        """x Wᵀ + bias and the adapters' update: one op call."""
         x, gates = match_rows(x, x.shape[:-1], gates)
         ranks, p = rank_list(A, gates), self.dropout_p()
         seed = draw_seed(x) if p > 0 else None
@@ -43,7 +45,7 @@ class DenseLoRA(LinearLoRA):
 
     def forward(self, x):
         if self.merged or switch.apart or self._ran or self.rank or not self.r:
-            return super().forward(x)
+            return LoRALayer.forward(self, x)
         tensors = self._parameters
         try:
             weight, bias, lora_A, lora_B = tensors["weight"], tensors["bias"], tensors["lora_A"], tensors["lora_B"]
@@ -64,7 +66,6 @@ class DenseLoRA(LinearLoRA):
         return self.project(x, self.base_weight(), self.bias, A, B, scaling, gates)
 
     def base_weight(self):
-        """W as (out, in)."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
 
@@ -74,9 +75,6 @@ class OpaqueLoRA(LinearLoRA):
     def check_merge(self, name):
         check.value(False, name, f"a {type(self).__name__}, which has no dense weight", "a layer to merge into")
 
-    def forward(self, x, *args, **kwargs):
-        return self.run(None if self.is_off() else self.adapters(), x, *args, **kwargs)
-
     def run(self, adapters, x, *args, **kwargs):
         # past LoRALayer's own forward
         base = super(Adapter, self).forward
@@ -85,8 +83,7 @@ class OpaqueLoRA(LinearLoRA):
         A, B, scaling, gates = adapters
         x, gates = match_rows(x, x.shape[:-1], gates)
         z = lora_shrink(x, A, dropout_p=self.dropout_p(), training=self.training)
-        ranks = rank_list(A, gates)
-        return lora_expand(base(x, *args, **kwargs), z, B, scaling, gates=gates, ranks=ranks)
+        return lora_expand(base(x, *args, **kwargs), z, B, scaling, gates=gates, ranks=rank_list(A, gates))
 
 
 class Linear(DenseLoRA, nn.Linear):
@@ -101,10 +98,8 @@ class Linear(DenseLoRA, nn.Linear):
 
     lora_base = nn.Linear
 
-    def __init__(
-        self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, fan_in_fan_out=False, merge_weights=True,
-        **kwargs,
-    ):  # fmt: skip
+    def __init__(self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, fan_in_fan_out=False,
+                 merge_weights=True, **kwargs):  # fmt: skip
         check_adapter(r, lora_alpha, lora_dropout)
         watch_registrations()
         super().__init__(in_features, out_features, **kwargs)
@@ -122,13 +117,72 @@ class Linear(DenseLoRA, nn.Linear):
             self.weight.data = self.weight.data.T
 
 
+class MergedLoRA(DenseLoRA):
+    """A linear layer of len(enable_lora) equal parts; each enabled part has its own r rows of lora_A and of lora_B."""
+
+    kind = "merged"
+    stacks = False
+    forward = LoRALayer.forward
+
+    def adapter_shapes(self, r):
+        groups = sum(self.enable_lora)
+        return (r * groups, self.in_features), (self.out_features // len(self.enable_lora) * groups, r)
+
+    def narrow(self, lora_A, lora_B, start, stop):
+        rows = lora_A.unflatten(0, (sum(self.enable_lora), -1))[:, start:stop]
+        return rows.flatten(0, 1), lora_B[:, start:stop]
+
+    def delta(self, lora_A, lora_B):
+        return self.block_form(lora_B) @ lora_A
+
+    def adapted(self, x, A, B, scaling, gates):
+        if gates is not None and gates.shape[-1] == self.r and len(A) == 1:
+            # a gate for each rank row, the same in each part
+            gates = gates.repeat(1, sum(self.enable_lora))
+        return super().adapted(x, A, tuple(map(self.block_form, B)), scaling, gates)
+
+    def block_form(self, lora_B):
+        """lora_B (out / G · g, r) as (out, g · r): each enabled part's rows see their own rows of lora_A alone."""
+        parts = iter(lora_B.chunk(sum(self.enable_lora)))
+        size = self.out_features // len(self.enable_lora)
+        return torch.block_diag(*(next(parts) if on else lora_B.new_empty(size, 0) for on in self.enable_lora))
+
+
+class MergedLinear(MergedLoRA, Linear):
+    """loralib's MergedLinear: a fused linear layer with an adapter on each part that `enable_lora` turns on.
+
+    `enable_lora` has G bools; part j of y, the columns j · out / G to (j + 1) · out / G, gets
+    lora_alpha / r (dropout(x) A_jᵀ) B_jᵀ if it is on. The g enabled parts' factors are packed: lora_A
+    (r · g, in_features), lora_B (out_features / G · g, r). The forward is one op call, ΔW is not built. With all parts
+    off, or r = 0, it is a plain linear layer. Other arguments as in Linear. Raises ValueError naming the argument.
+    Source: Hu et al. 2021, arXiv 2106.09685.
+    """
+
+    lora_base = nn.Linear
+
+    def __init__(self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, enable_lora=(False,),
+                 fan_in_fan_out=False, merge_weights=True, **kwargs):  # fmt: skip
+        given = isinstance(enable_lora, (list, tuple)) and len(enable_lora) > 0
+        flags = given and all(isinstance(on, (bool, int)) for on in enable_lora)
+        check.value(flags, "enable_lora", repr(enable_lora), "a list of bools")
+        even = out_features % len(enable_lora) == 0
+        check.value(even, "enable_lora", f"{len(enable_lora)} parts", f"a divisor of out_features = {out_features}")
+        # before nn.Module's own initialisation: attach, in it, asks for the shapes
+        self.enable_lora = [bool(on) for on in enable_lora]
+        check_adapter(r, lora_alpha, lora_dropout)
+        given = lora_alpha, lora_dropout, fan_in_fan_out, merge_weights
+        super().__init__(in_features, out_features, r if any(self.enable_lora) else 0, *given, **kwargs)
+
+
 def _revive(base, mixins):
     cls = lora_class(base, *mixins)
     return cls.__new__(cls)
 
 
 def _reduce(self):
-    return _revive, (type(self).lora_base, type(self).__bases__[:-1]), self.__getstate__()
+    # object has a __getstate__ from Python 3.11 on
+    state = getattr(self, "__getstate__", vars(self).copy)()
+    return _revive, (type(self).lora_base, type(self).__bases__[:-1]), state
 
 
 @functools.cache

@@ -18,6 +18,7 @@ No file but PEFT's holds lora_alpha: it has to be the same on both sides. TheDis
 import re
 
 import torch
+import torch.nn.functional as F
 
 from fastlora.ops import check
 
@@ -25,6 +26,8 @@ DIALECTS = ("fastlora", "loralib", "loratorch", "tasks", "peft")
 PEFT_OUT = 2
 # the form of convolution that a dialect can hold
 _FORMS = {"loralib": "loralib", "loratorch": "loralib", "tasks": "tasks", "peft": "peft"}
+# what dialects call A and B of `to_tasks`
+_TURNED = {"tasks": ("default.module.A", "default.module.B"), "loratorch": ("w_lora_B", "w_lora_A")}
 
 
 def from_any_name(key):
@@ -34,16 +37,12 @@ def from_any_name(key):
     return re.sub(r"((?:^|\.)lora_[AB])(\.[^.]+)?\.weight$", r"\1", key)
 
 
-def to_tasks(kind, lora_A, lora_B):
-    """TheDiscoMole/LoRA's A (out, r) and B (r, in), views: the letters are the other way round there."""
-    return (lora_A.mT, lora_B.mT) if kind == "embedding" else (lora_B, lora_A)
+def to_tasks(kind, A, B):
+    """TheDiscoMole/LoRA's A (out, r) and B (r, in) of lora_A and lora_B, views, or back; either may be None.
 
-
-def from_tasks(kind, A, B):
-    """lora_A and lora_B of TheDiscoMole/LoRA's A and B, either of which may be None."""
-    if kind == "embedding":
-        return tuple(t if t is None else t.mT for t in (A, B))
-    return B, A
+    The letters are the other way round there.
+    """
+    return tuple(t if t is None else t.mT for t in (A, B)) if kind == "embedding" else (B, A)
 
 
 def adopt(layer, state_dict, prefix):
@@ -78,8 +77,8 @@ def read(layer, entries, kind=None, where=""):
     tasks = {match[1] for name in found if (match := re.fullmatch(r"(.+)\.module\.[AB]", name))}
     check.value(len(tasks) < 2, f"{where}*.module.A", f"the tasks {sorted(tasks)}", "a single one")
     # loratorch's lora_B lora_A is W's update as TheDiscoMole's A B is
-    for A, B in [(f"{task}.module.A", f"{task}.module.B") for task in tasks] + [("w_lora_B", "w_lora_A")]:
-        pair = from_tasks(kind, found.pop(A, None), found.pop(B, None))
+    for A, B in [(f"{task}.module.A", f"{task}.module.B") for task in tasks] + [_TURNED["loratorch"]]:
+        pair = to_tasks(kind, found.pop(A, None), found.pop(B, None))
         for name, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
             if tensor is not None:
                 put(found, name, tensor.contiguous(), where)
@@ -115,11 +114,9 @@ def _read_attention(layer, found, where):
         return found
     enabled, r = ("qkvo", None) if plain else ("".join(own), next((p.r for p in own.values()), 0))
     pairs, joint = {}, None
-    for name in [name for name in found if re.fullmatch(r"(q?k?v?_|o_|out_proj\.|)lora_A", name)]:
-        letters, A, B = re.sub(r"_?lora_A$", "", name), found[name], found.get(name[:-1] + "B")
-        if B is None:
-            continue
-        del found[name], found[name[:-1] + "B"]
+    known = [name for name in found if re.fullmatch(r"(q?k?v?_|o_|out_proj\.|)lora_A", name)]
+    for name in [name for name in known if name[:-1] + "B" in found]:
+        letters, A, B = re.sub(r"_?lora_A$", "", name), found.pop(name), found.pop(name[:-1] + "B")
         if letters in ("o", "out_proj."):
             pairs["o"] = A, B if letters == "o" else B * PEFT_OUT
         elif len(letters) == 1 and len(B) != 3 * layer.embed_dim:
@@ -172,12 +169,10 @@ def join(projections):
     the same update then needs lora_alpha scaled by g, as it is divided by R.
     """
     (A, B), *more = projections.values()
-    blank = torch.zeros_like(B)
-    if all(torch.equal(A, other) for other, _ in more):
-        return A, torch.cat([projections[n][1] if n in projections else blank for n in "qkv"])
-    zero = B.new_empty(len(blank), 0)
-    blocks = [projections[n][1] if n in projections else zero for n in "qkv"]
-    return torch.cat([a for a, _ in projections.values()]), torch.block_diag(*blocks)
+    one = all(torch.equal(A, other) for other, _ in more)
+    blank = None, torch.zeros_like(B) if one else B.new_empty(len(B), 0)
+    rows = [projections.get(n, blank)[1] for n in "qkv"]
+    return (A, torch.cat(rows)) if one else (torch.cat([a for a, _ in projections.values()]), torch.block_diag(*rows))
 
 
 @torch.no_grad()
@@ -198,25 +193,21 @@ def write(layer, dialect, where=""):
     if layer.kind == "merged" and dialect in ("tasks", "peft"):
         lora_B = layer.block_form(lora_B)
     A, B = (t.contiguous() for t in to_tasks(layer.kind, lora_A, lora_B))
-    if dialect == "tasks":
-        one = layer.lora_alpha == layer.r
-        got = f"lora_alpha = {layer.lora_alpha} at r = {layer.r}"
-        check.value(one, where, got, "lora_alpha = r: TheDiscoMole's adapters have the scale 1")
-        return {"default.module.A": A, "default.module.B": B}
-    if dialect == "loratorch":
-        return {"w_lora_A": B, "w_lora_B": A}
-    if dialect == "peft":
-        mark, end = ("embedding_", "") if layer.kind == "embedding" else ("", ".weight")
-        return {f"lora_{mark}A{end}": lora_A, f"lora_{mark}B{end}": lora_B}
-    return {"lora_A": lora_A, "lora_B": lora_B}
+    got = f"lora_alpha = {layer.lora_alpha} at r = {layer.r}"
+    one = dialect != "tasks" or layer.lora_alpha == layer.r
+    check.value(one, where, got, "lora_alpha = r: TheDiscoMole's adapters have the scale 1")
+    if dialect in _TURNED:
+        return dict(zip(_TURNED[dialect], (A, B), strict=True))
+    named = ("lora_embedding_{}" if layer.kind == "embedding" else "lora_{}.weight") if dialect == "peft" else "lora_{}"
+    return {named.format("A"): lora_A, named.format("B"): lora_B}
 
 
 def _write_attention(layer, dialect, where):
     each = layer.projections()
     pairs = {name: (p.lora_A.detach(), p.lora_B.detach()) for name, p in each.items()}
     if dialect in ("fastlora", "tasks"):
-        tensors = {name: write(p, dialect, f"{where}.lora_{name}") for name, p in each.items()}
-        return {f"lora_{name}.{key}": tensor for name, of in tensors.items() for key, tensor in of.items()}
+        found = {f"lora_{name}.": write(p, dialect, f"{where}.lora_{name}") for name, p in each.items()}
+        return {start + key: tensor for start, tensors in found.items() for key, tensor in tensors.items()}
     check.value(dialect != "loralib", where, "an attention layer", "a layer that loralib has")
     joint = layer._qkv_same_embed_dim
     check.value(joint or dialect != "peft", where, "kdim or vdim", "an attention layer that PEFT has: equal sizes")
@@ -226,19 +217,19 @@ def _write_attention(layer, dialect, where):
         check.value(alike, where, "projections of several ranks or lora_alpha", "one for all in a joint adapter")
         blank = out and (torch.zeros_like(out[0]), torch.zeros_like(out[1]))
         A, B = join(pairs or {"q": blank})
-        found = {f"{''.join(pairs)}_": (A, B)} if dialect == "loratorch" else {"": (A, B)}
+        found = {f"{''.join(pairs)}_": (A, B)}
     else:
         found = {f"{name}_": pair for name, pair in pairs.items()}
     if dialect == "peft":
         # there it always has one, of the same rank
         out_A, out_B = out or (A[:0], B[: layer.embed_dim, :0])
         more = len(A) - len(out_A)
-        out_A = torch.cat((out_A, A.new_zeros(more, A.shape[1])))
-        out = out_A, torch.cat((out_B / PEFT_OUT, B.new_zeros(len(out_B), more)), 1)
-        ends = {"": found[""], "base_layer.out_proj.": out}
-        return {f"{head}lora_{x}.weight": t for head, pair in ends.items() for x, t in zip("AB", pair, strict=True)}
-    found.update({"o_": out} if out else {})
-    return {f"{head}lora_{x}": t.contiguous() for head, pair in found.items() for x, t in zip("AB", pair, strict=True)}
+        out = F.pad(out_A, (0, 0, 0, more)), F.pad(out_B / PEFT_OUT, (0, more))
+        found = {"": (A, B), "base_layer.out_proj.": out}
+    elif out:
+        found["o_"] = out
+    ends = {x: f"lora_{x}.weight" if dialect == "peft" else f"lora_{x}" for x in "AB"}
+    return {head + ends[x]: t.contiguous() for head, pair in found.items() for x, t in zip(ends, pair, strict=True)}
 
 
 def base_name(layer, dialect, name):

@@ -1,4 +1,4 @@
-"""Which adapters run, per thread: layers that are off, the tasks in force, ranks for each batch row.
+"""Which adapters run, per thread: layers that are off, the tasks in force, ranks for each batch row; gates of rows.
 
 `threading.local`, because Dynamo traces and guards it, which it does not do for a ContextVar. A recompute of activation
 checkpointing may run after the block that set the state, or in autograd's own thread: `checkpoint_context` carries the
@@ -9,7 +9,9 @@ import contextlib
 import threading
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
+
+from fastlora.ops import check
 
 
 class _Switch(threading.local):
@@ -37,8 +39,7 @@ def _set(off, tasks, row_ranks, restored):
 
 def turned_off(layers):
     """Context manager: in this thread, these layers too run without their adapters."""
-    off = switch.off | frozenset(map(id, layers))
-    return _set(off, switch.tasks, switch.row_ranks, switch.restored)
+    return _set(switch.off | frozenset(map(id, layers)), switch.tasks, switch.row_ranks, switch.restored)
 
 
 def selected(owner, keys, gates=None):
@@ -56,20 +57,14 @@ def selection(owner):
 
 def rows_ranked(layers, ranks):
     """Context manager: in this thread, batch row i uses the first ranks[i] components of these layers' adapters."""
-    ranked = switch.row_ranks | dict.fromkeys(map(id, layers), ranks)
-    return _set(switch.off, switch.tasks, ranked, switch.restored)
-
-
-class _Traced(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
+    return _set(switch.off, switch.tasks, switch.row_ranks | dict.fromkeys(map(id, layers), ranks), switch.restored)
 
 
 def checkpoint_context():
     """The `context_fn` for `torch.utils.checkpoint` (use_reentrant=False): a recompute sees what the forward saw."""
     if torch.compiler.is_compiling():
         # the trace already holds the state; torch demands dispatch modes here
-        return _Traced(), _Traced()
+        return BaseTorchDispatchMode(), BaseTorchDispatchMode()
     return contextlib.nullcontext(), _set(switch.off, switch.tasks, switch.row_ranks, True)
 
 
@@ -98,3 +93,38 @@ def is_off(layer):
         # reentrant checkpointing runs its first forward without gradients; a reference pass, off, does so too
         layer._ran |= {mode} if torch.is_grad_enabled() or layer.training and not off else set()
     return off
+
+
+def match_rows(x, leading, gates):
+    """x and its gates, in a shape that broadcasts over (*leading, E).
+
+    `leading` are x's dimensions of positions, the batch first. Gates are (E,), for all; (batch, E), a row's for all of
+    its positions; or (batch, tokens, E), for positions that a layer may get flattened. A single row of x is repeated
+    where the gates are for several.
+    """
+    if gates is None or gates.dim() < 2 or gates.shape[:-1] == leading:
+        return x, gates
+    *given, E = gates.shape
+    if len(given) == 2 and len(leading) == 1 and leading[0] == given[0] * given[1]:
+        return x, gates.flatten(0, 1)
+    # sizes are compared one by one: Dynamo's symbolic ones are equal to nothing inside a list
+    fits = len(leading) >= len(given) and (leading[0] == given[0] or leading[0] == 1)
+    fits = fits and all(a == b for a, b in zip(leading[1:], given[1:], strict=False))
+    what = f"{given[0]} batch rows" if len(given) == 1 else f"{given[0]} batch rows of {given[1]} tokens"
+    check.value(fits, "x", f"shape {tuple(x.shape)}", f"{what}: each has adapters of its own")
+    if leading[0] != given[0]:
+        x = x.expand(given[0], *x.shape[1:])
+    return x, gates.view(*given, *(1,) * (len(leading) - len(given)), E)
+
+
+class Stacked(tuple):
+    """One tensor that holds the rank rows of several adapters, of `ranks`."""
+
+
+def rank_list(A, gates):
+    """The op's `ranks`: () for a single adapter that has a gate for each rank row, or none at all."""
+    if isinstance(A, Stacked):
+        return A.ranks
+    ranks = [a.shape[0] for a in A]
+    lone = len(ranks) == 1 and (gates is None or gates.shape[-1] == ranks[0])
+    return () if lone else ranks

@@ -1,4 +1,4 @@
-"""Argument checks of the ops, by name: what was given and what was expected. (`csrc/check.h` is the same in C++.)"""
+"""Argument checks of the ops, by name: what was given and what was expected. (`csrc/check.cpp` asks the same.)"""
 
 import math
 
@@ -18,7 +18,6 @@ def kind(ok, name, got, expected):
 
 
 def tensors(name, given):
-    """A tensor or a sequence of tensors as a list of tensors."""
     if isinstance(given, torch.Tensor):
         return [given]
     kind(isinstance(given, (list, tuple)), name, type(given).__name__, "a tensor or a sequence of tensors")
@@ -32,7 +31,6 @@ def dense(name, t):
 
 
 def same(name, t, x):
-    """t is dense, with x's device and dtype."""
     dense(name, t)
     kind(t.dtype == x.dtype, name, t.dtype, f"{x.dtype}, as x")
     value(t.device == x.device, name, f"a tensor on {t.device}", f"{x.device}, as x")
@@ -40,18 +38,12 @@ def same(name, t, x):
 
 def matrix(name, t, rows, columns, x):
     dense(name, t)
-    value(
-        t.dim() == 2 and (rows is None or t.shape[0] == rows) and (columns is None or t.shape[1] == columns),
-        name,
-        f"shape {tuple(t.shape)}",
-        f"({'r' if rows is None else rows}, {'r' if columns is None else columns})",
-    )
-    kind(
-        t.dtype == x.dtype or (t.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)),
-        name,
-        t.dtype,
-        f"{x.dtype}, as x" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype}, as x, or torch.float32",
-    )
+    fits = t.dim() == 2 and all(n is None or n == size for n, size in zip((rows, columns), t.shape, strict=True))
+    wanted = ", ".join("r" if n is None else str(n) for n in (rows, columns))
+    value(fits, name, f"shape {tuple(t.shape)}", f"({wanted})")
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    same_type = t.dtype == x.dtype or half and t.dtype == torch.float32
+    kind(same_type, name, t.dtype, f"{x.dtype}, as x{', or torch.float32' if half else ''}")
     value(t.device == x.device, name, f"a tensor on {t.device}", f"{x.device}, as x")
 
 
@@ -89,9 +81,8 @@ def gate(scaling, gates, ranks, count, R, leading, device):
     floating("gates", gates)
     value(gates.device == device, "gates", f"a tensor on {gates.device}", f"{device}, as x")
     full = (*leading, E)
-    fits = gates.dim() <= len(full) and all(
-        g == 1 or g == f for g, f in zip(reversed(gates.shape), reversed(full), strict=False)
-    )
+    pairs = zip(reversed(gates.shape), reversed(full), strict=False)
+    fits = gates.dim() <= len(full) and all(g == 1 or g == f for g, f in pairs)
     value(fits, "gates", f"shape {tuple(gates.shape)}", f"a shape that broadcasts to {full}")
 
 
@@ -103,25 +94,25 @@ def shrink(x, lora_A, dropout_p, seed):
     dropout(dropout_p, seed, x)
 
 
-def pairs(lora_A, lora_B, out, x):
-    value(len(lora_A) == len(lora_B), "lora_B", f"{len(lora_B)} tensors", f"{len(lora_A)}, as lora_A")
-    for a, b in zip(lora_A, lora_B, strict=True):
-        matrix("lora_B", b, out, a.shape[0], x)
-
-
-def linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
+def base(x, weight, bias):
     floating("x", x)
     value(x.dim() >= 1, "x", "a 0-d tensor", "(..., in)")
     value(weight.dim() == 2, "weight", f"shape {tuple(weight.shape)}", "(out, in)")
     value(x.shape[-1] == weight.shape[1], "x", f"shape {tuple(x.shape)}", f"(..., {weight.shape[1]}), as weight's in")
     same("weight", weight, x)
+    if bias is not None:
+        value(bias.shape == weight.shape[:1], "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},)")
+        same("bias", bias, x)
+
+
+def linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
+    base(x, weight, bias)
     shrink(x, lora_A, dropout_p, seed)
     out = weight.shape[0]
-    pairs(lora_A, lora_B, out, x)
+    value(len(lora_A) == len(lora_B), "lora_B", f"{len(lora_B)} tensors", f"{len(lora_A)}, as lora_A")
+    for a, b in zip(lora_A, lora_B, strict=True):
+        matrix("lora_B", b, out, a.shape[0], x)
     gate(scaling, gates, ranks, len(lora_A), sum(a.shape[0] for a in lora_A), x.shape[:-1], x.device)
-    if bias is not None:
-        value(tuple(bias.shape) == (out,), "bias", f"shape {tuple(bias.shape)}", f"({out},)")
-        same("bias", bias, x)
     if column_scale is not None:
         value(tuple(column_scale.shape) == (out,), "column_scale", f"shape {tuple(column_scale.shape)}", f"({out},)")
         floating("column_scale", column_scale)

@@ -6,6 +6,7 @@ lane >= round(p * 65536), scaled by 65536 / (65536 - round(p * 65536)); p = 1 gi
 """
 
 import functools
+import math
 
 import torch
 from torch._functorch import compile_utils
@@ -17,15 +18,10 @@ from fastlora.ops.library import define, lib
 _WORD = 0xFFFFFFFF
 
 
-def threshold(p):
-    """The number of the 65,536 lane values that are dropped."""
-    return round(p * 65536)
-
-
 def scale(p):
     """What a kept element is multiplied by."""
-    t = threshold(p)
-    return 65536 / (65536 - t) if t < 65536 else 0.0
+    kept = 65536 - round(p * 65536)
+    return 65536 / kept if kept else 0.0
 
 
 def philox(blocks, seed):
@@ -43,18 +39,26 @@ def philox(blocks, seed):
 
 def dropout_mask(shape, p, seed):
     """True where D keeps an element of a tensor of this shape."""
-    n = 1
-    for s in shape:
-        n *= s
+    n = math.prod(shape)
     words = philox(torch.arange((n + 7) // 8, device=seed.device), seed)
     lanes = torch.stack((words & 0xFFFF, words >> 16), -1)
-    return (lanes.reshape(-1)[:n] >= threshold(p)).reshape(shape)
+    return (lanes.reshape(-1)[:n] >= round(p * 65536)).reshape(shape)
+
+
+def wide(x):
+    """The dtype that sums are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dropped(x, p, seed):
+    """D(x) in the accumulation dtype."""
+    if not p:
+        return x.to(wide(x))
+    return torch.where(dropout_mask(x.shape, p, seed), x.to(wide(x)) * scale(p), 0.0)
 
 
 def lora_dropout_reference(x, dropout_p, seed):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    kept = (x.to(wide) * scale(dropout_p)).to(x.dtype)
-    return torch.where(dropout_mask(x.shape, dropout_p, seed), kept, torch.zeros((), dtype=x.dtype, device=x.device))
+    return dropped(x, dropout_p, seed).to(x.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _dropout_fake(x, dropout_p, seed):
@@ -62,31 +66,22 @@ def _dropout_fake(x, dropout_p, seed):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _draw_seed(x):
-    """A seed from torch's generator of x's device, drawn in [0, 2⁶³)."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
-
-
 @functools.cache
-def _same_mask(implementation, device):
-    """Whether a device kernel's D agrees with the reference's, bit for bit, on 4,096 elements."""
+def _other_mask(implementation, device):
+    """None if Triton's D agrees with the reference's, bit for bit, on 4,096 elements; else a sentence."""
     x = torch.arange(1, 4097, dtype=torch.float32, device=device)
     seed = torch.tensor(0x0123456789ABCDEF, device=device)
-    return torch.equal(implementation(x, 0.1, seed), lora_dropout_reference(x, 0.1, seed))
-
-
-def _verify(implementation, x, dropout_p, seed):
-    if _same_mask(implementation, x.device):
-        return None
-    return f"Triton's dropout kernel gives another mask than the reference on {x.device}"
+    same = torch.equal(implementation(x, 0.1, seed), lora_dropout_reference(x, 0.1, seed))
+    return None if same else f"Triton's dropout kernel gives another mask than the reference on {device}"
 
 
 backends.register("lora_dropout", "reference", lora_dropout_reference)
-backends.register_verification("lora_dropout", "triton", _verify)
+backends.verifications["lora_dropout", "triton"] = lambda implementation, x, *_: _other_mask(implementation, x.device)
 lora_dropout_op = define("lora_dropout", "Tensor x, float dropout_p, Tensor seed", "Tensor", _dropout_fake)
 
 lib.define("draw_seed(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
-lib.impl("draw_seed", _draw_seed, "CompositeExplicitAutograd")
+# from torch's generator of x's device, in [0, 2⁶³)
+lib.impl("draw_seed", lambda x: torch.randint(2**63 - 1, (), device=x.device), "CompositeExplicitAutograd")
 torch.library.register_fake("fastlora::draw_seed", lambda x: x.new_empty((), dtype=torch.int64), lib=lib)
 draw_seed = torch.ops.fastlora.draw_seed.default
 # torch's common-subexpression pass knows random ops by this list alone, not by their tag: two layers on one x would

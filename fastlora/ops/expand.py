@@ -4,8 +4,7 @@ import torch
 
 from fastlora import backends
 from fastlora.ops import check
-from fastlora.ops.gate import expand_gate, gate_backward
-from fastlora.ops.library import define, scalar
+from fastlora.ops.library import blanks, define, scalar
 from fastlora.ops.shrink import apart, flat, join
 
 
@@ -21,6 +20,29 @@ def lora_expand(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=No
     if ranks is None:
         ranks = [] if isinstance(lora_B, torch.Tensor) else [b.shape[1] for b in B]
     return lora_expand_op(y, z, B, scalar(scaling), gates, ranks, () if columns is None else columns)
+
+
+def expand_gate(scaling, gates, ranks, device, dtype):
+    """g, broadcastable to (..., R): g[..., row] = scaling_e · gates[..., e] for every rank row of adapter e."""
+    g = scaling.to(device, dtype)
+    if gates is not None:
+        g = g * gates.to(dtype)
+    if len(ranks) > 1 and g.dim() and g.shape[-1] == len(ranks):
+        g = g.repeat_interleave(torch.tensor(ranks, device=g.device), dim=-1, output_size=sum(ranks))
+    return g
+
+
+def _gate_backward(dg, scaling, gates, ranks):
+    """(dscaling, dgates) from dg (..., R); dgates is None without gates. Each has its own tensor's shape and dtype."""
+
+    def sum_to(grad, like):
+        return grad.sum_to_size(like.shape).to(like.device, like.dtype)
+
+    if ranks:
+        dg = torch.stack([rows.sum(-1) for rows in dg.split(list(ranks), -1)], -1)
+    if gates is None:
+        return sum_to(dg, scaling), None
+    return sum_to(dg * gates.to(dg.dtype), scaling), sum_to(dg * scaling.to(dg.device, dg.dtype), gates)
 
 
 def _cut(y, columns):
@@ -50,7 +72,7 @@ def lora_expand_backward_reference(dy, z, lora_B, scaling, gates, ranks, columns
     t = join([dy @ b.to(dy.dtype) for b in lora_B], dy, dy.dtype)
     dz = (t * g).contiguous() if need_z else z.new_empty(0)
     dB = apart(flat(dy).T @ flat(z * g), lora_B, 1) if need_B else []
-    dscaling, dgates = gate_backward(t * z, scaling, gates, ranks)
+    dscaling, dgates = _gate_backward(t * z, scaling, gates, ranks)
     return dz, dB, dscaling if need_scaling else z.new_empty(0), dgates if need_gates else z.new_empty(0)
 
 
@@ -59,40 +81,13 @@ def _fake(y, z, lora_B, scaling, gates, ranks, columns):
     return y.new_empty(y.shape)
 
 
-def _backward_fake(dy, z, lora_B, scaling, gates, ranks, columns, needs):
-    return (
-        z.new_empty(z.shape if needs[0] else (0,)),
-        [b.new_empty(b.shape) for b in lora_B] if needs[1] else [],
-        scaling.new_empty(scaling.shape) if needs[2] else z.new_empty(0),
-        gates.new_empty(gates.shape) if needs[3] else z.new_empty(0),
-    )
-
-
 backends.register("lora_expand", "reference", lora_expand_reference)
 backends.register("lora_expand_backward", "reference", lora_expand_backward_reference)
 _SHARED = "Tensor z, Tensor[] lora_B, Tensor scaling, Tensor? gates, int[] ranks, int[] columns"
 lora_expand_op = define("lora_expand", f"Tensor y, {_SHARED}", "Tensor", _fake, check.expand)
-lora_expand_backward_op = define(
-    "lora_expand_backward", f"Tensor dy, {_SHARED}, bool[4] needs", "(Tensor, Tensor[], Tensor, Tensor)", _backward_fake
+define(
+    "lora_expand_backward",
+    f"Tensor dy, {_SHARED}, bool[4] needs",
+    "(Tensor, Tensor[], Tensor, Tensor)",
+    lambda dy, z, lora_B, scaling, gates, ranks, columns, needs: blanks((z, lora_B, scaling, gates), needs, z),
 )
-
-
-def _setup(ctx, inputs, output):
-    _, z, lora_B, scaling, gates, ctx.ranks, ctx.columns = inputs
-    ctx.save_for_backward(z, scaling, gates, *lora_B)
-
-
-def _backward(ctx, dy):
-    z, scaling, gates, *lora_B = ctx.saved_tensors
-    need_y, need_z, _, need_scaling, need_gates = ctx.needs_input_grad[:5]
-    needs = [need_z, any(b.requires_grad for b in lora_B), need_scaling, need_gates]
-    grads = lora_expand_backward_op(dy, z, lora_B, scaling, gates, ctx.ranks, ctx.columns, needs)
-    dz, dB, dscaling, dgates = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    dB = [None] * len(lora_B) if dB is None else dB
-    # register_autograd counts an empty list as a list of tensors, one with numbers as a leaf
-    return dy if need_y else None, dz, dB, dscaling, dgates, ctx.ranks and None, ctx.columns and None
-
-
-def register_python_autograd():
-    """The autograd formula and autocast where `_C` is missing."""
-    torch.library.register_autograd("fastlora::lora_expand", _backward, setup_context=_setup)

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 
 from fastlora import backends
 from fastlora.ops import check
-from fastlora.ops.dropout import draw_seed
-from fastlora.ops.expand import add_update, lora_expand_backward_reference
-from fastlora.ops.gate import expand_gate
-from fastlora.ops.library import autocast_in_python, define, lib, scalar
-from fastlora.ops.shrink import flat, lora_shrink_backward_reference, lora_shrink_reference, wide
+from fastlora.ops.dropout import draw_seed, wide
+from fastlora.ops.expand import add_update, expand_gate, lora_expand_backward_reference
+from fastlora.ops.library import blanks, define, scalar
+from fastlora.ops.shrink import flat, lora_shrink_backward_reference, lora_shrink_reference
 
 
 def lora_linear(
@@ -90,71 +89,28 @@ def lora_linear_backward_reference(
     return dx, dweight, dA, dB, dscaling, dbias, dgates, dcolumn
 
 
-def _fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
-    check.linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
-    y = _fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed)
+    check.linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     z = x.new_empty((*x.shape[:-1], sum(a.shape[0] for a in lora_A)), dtype=wide(x))
     return y, z, x.new_empty(0 if column_scale is None else y.shape)
 
 
 def _backward_fake(dy, x, weight, lora_A, lora_B, scaling, gates, ranks, column_scale, dropout_p, seed, z, u, needs):
-    def grad(t, need):
-        return t.new_empty(t.shape) if need else x.new_empty(0)
-
-    dA = [grad(a, True) for a in lora_A] if needs[2] else []
-    dB = [grad(b, True) for b in lora_B] if needs[3] else []
-    dbias = x.new_empty(weight.shape[0] if needs[5] else 0)
-    dx, dweight, dscaling = grad(x, needs[0]), grad(weight, needs[1]), grad(scaling, needs[4])
-    return dx, dweight, dA, dB, dscaling, dbias, grad(gates, needs[6]), grad(column_scale, needs[7])
+    bias = x.new_empty(weight.shape[0])
+    return blanks((x, weight, lora_A, lora_B, scaling, bias, gates, column_scale), needs, x)
 
 
-_GIVEN = (
-    "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, {bias}Tensor? gates, int[] ranks, "
-    "Tensor? column_scale, float dropout_p, Tensor? seed"
-)
-backends.register_first("lora_linear", "lora_linear_forward")
+_FIRST = "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling"
+_REST = "Tensor? gates, int[] ranks, Tensor? column_scale, float dropout_p, Tensor? seed"
+_ALL, _THREE = f"{_FIRST}, Tensor? bias, {_REST}", "(Tensor, Tensor, Tensor)"
 backends.register("lora_linear_forward", "reference", lora_linear_forward_reference)
 backends.register("lora_linear_backward", "reference", lora_linear_backward_reference)
-lora_linear_op = define("lora_linear", _GIVEN.format(bias="Tensor? bias, "), "Tensor", _fake, check.linear)
-lora_linear_forward_op = define(
-    "lora_linear_forward", _GIVEN.format(bias="Tensor? bias, "), "(Tensor, Tensor, Tensor)", _forward_fake, check.linear
-)
-lora_linear_backward_op = define(
+lora_linear_op = define("lora_linear", _ALL, "Tensor", lambda *args: _forward_fake(*args)[0], check.linear)
+lora_linear_forward_op = define("lora_linear_forward", _ALL, _THREE, _forward_fake, check.linear)
+define(
     "lora_linear_backward",
-    f"Tensor dy, {_GIVEN.format(bias='')}, Tensor z, Tensor u, bool[8] needs",
+    f"Tensor dy, {_FIRST}, {_REST}, Tensor z, Tensor u, bool[8] needs",
     "(Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
-
-
-def _setup(ctx, inputs, output):
-    x, weight, lora_A, lora_B, scaling, _, gates, ctx.ranks, column_scale, ctx.p, seed = inputs
-    _, z, u = output
-    ctx.mark_non_differentiable(z, u)
-    ctx.pairs = len(lora_A)
-    ctx.save_for_backward(x, weight, scaling, gates, column_scale, seed, z, u, *lora_A, *lora_B)
-
-
-def _backward(ctx, dy, *_):
-    x, weight, scaling, gates, column_scale, seed, z, u, *adapters = ctx.saved_tensors
-    A, B = adapters[: ctx.pairs], adapters[ctx.pairs :]
-    need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, _, need_column, *_ = ctx.needs_input_grad
-    needs = [need_x, need_weight, any(need_A), any(need_B), need_scaling, need_bias, need_gates, need_column]
-    grads = lora_linear_backward_op(
-        dy, x, weight, A, B, scaling, gates, ctx.ranks, column_scale, ctx.p, seed, z, u, needs
-    )
-    dx, dw, dA, dB, ds, dbias, dg, dc = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    none = [None] * ctx.pairs
-    dA, dB, ranks = none if dA is None else dA, none if dB is None else dB, ctx.ranks and None
-    return dx, dw, dA, dB, ds, dbias, dg, ranks, dc, None, None
-
-
-def register_python_autograd():
-    """The autograd formula and autocast where `_C` is missing."""
-    torch.library.register_autograd("fastlora::lora_linear_forward", _backward, setup_context=_setup)
-    lib.impl("lora_linear", lambda *args: lora_linear_forward_op(*args)[0], "Autograd")
-    autocast_in_python("lora_linear", (0, 1, 5), (2, 3))

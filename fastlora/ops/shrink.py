@@ -5,8 +5,8 @@ import torch.nn.functional as F
 
 from fastlora import backends
 from fastlora.ops import check
-from fastlora.ops.dropout import draw_seed, dropout_mask, scale
-from fastlora.ops.library import autocast_in_python, define
+from fastlora.ops.dropout import draw_seed, dropped, wide
+from fastlora.ops.library import blanks, define
 
 
 def lora_shrink(x, lora_A, *, dropout_p=0.0, training=False, seed=None):
@@ -23,18 +23,6 @@ def lora_shrink(x, lora_A, *, dropout_p=0.0, training=False, seed=None):
     elif seed is None:
         seed = draw_seed(x)
     return lora_shrink_op(x, check.tensors("lora_A", lora_A), dropout_p, seed)
-
-
-def wide(x):
-    """The dtype that sums are kept in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def dropped(x, p, seed):
-    """D(x) in the accumulation dtype."""
-    if not p:
-        return x.to(wide(x))
-    return torch.where(dropout_mask(x.shape, p, seed), x.to(wide(x)) * scale(p), 0.0)
 
 
 def join(parts, like, dtype):
@@ -77,37 +65,14 @@ def _fake(x, lora_A, dropout_p, seed):
     return x.new_empty((*x.shape[:-1], sum(a.shape[0] for a in lora_A)), dtype=wide(x))
 
 
-def _backward_fake(dz, x, lora_A, dropout_p, seed, needs):
-    dx = x.new_empty(x.shape if needs[0] else (0,))
-    return dx, [a.new_empty(a.shape) for a in lora_A] if needs[1] else []
-
-
 backends.register("lora_shrink", "reference", lora_shrink_reference)
 backends.register("lora_shrink_backward", "reference", lora_shrink_backward_reference)
 lora_shrink_op = define(
     "lora_shrink", "Tensor x, Tensor[] lora_A, float dropout_p, Tensor? seed", "Tensor", _fake, check.shrink
 )
-lora_shrink_backward_op = define(
+define(
     "lora_shrink_backward",
     "Tensor dz, Tensor x, Tensor[] lora_A, float dropout_p, Tensor? seed, bool[2] needs",
     "(Tensor, Tensor[])",
-    _backward_fake,
+    lambda dz, x, lora_A, dropout_p, seed, needs: blanks((x, lora_A), needs, x),
 )
-
-
-def _setup(ctx, inputs, output):
-    x, lora_A, ctx.p, seed = inputs
-    ctx.save_for_backward(x, seed, *lora_A)
-
-
-def _backward(ctx, dz):
-    x, seed, *lora_A = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[0], any(a.requires_grad for a in lora_A)]
-    dx, dA = lora_shrink_backward_op(dz, x, lora_A, ctx.p, seed, needs)
-    return dx if needs[0] else None, dA if needs[1] else [None] * len(lora_A), None, None
-
-
-def register_python_autograd():
-    """The autograd formula and autocast where `_C` is missing."""
-    torch.library.register_autograd("fastlora::lora_shrink", _backward, setup_context=_setup)
-    autocast_in_python("lora_shrink", (0,), (1,))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastlora.model import check_merge, find_targets, make_plain
-from fastlora.nn.bank import Bank, TaskAdapter, TaskProjection, Wrapped, escape
+from fastlora.nn.bank import Bank, Owner, TaskAdapter, TaskProjection, Wrapped, Wrapper, escape
 from fastlora.nn.convert import check_convertible, convert
 from fastlora.nn.fastpath import update_fast_paths
 from fastlora.nn.layer import LoRALayer, check_adapter
@@ -15,7 +15,6 @@ from fastlora.nn.switch import selected, selection
 from fastlora.ops import check
 from fastlora.tasks import state
 from fastlora.tasks.adapters import becomes_bank, custom_constructor, default_rank, find, make_adapter
-from fastlora.wrapper import Owner, Wrapper
 
 
 class Model(Wrapper):

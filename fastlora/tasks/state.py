@@ -114,7 +114,7 @@ def _in_our_layout(kind, name, tensor):
     """lora_A or lora_B of A or B; a user's module keeps its own."""
     if not kind or name not in ("A", "B"):
         return name, tensor
-    A, B = names.from_tasks(kind, *(tensor if name == letter else None for letter in "AB"))
+    A, B = names.to_tasks(kind, *(tensor if name == letter else None for letter in "AB"))
     return ("lora_A", A) if B is None else ("lora_B", B)
 
 

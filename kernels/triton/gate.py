@@ -62,8 +62,7 @@ def gate_backward(t, z, scaling, gates, ranks, need_scaling, need_gates):
     dscaling = dgates = empty
     if need_scaling:
         every = product if gates is None else product * gates
-        dscaling = every.sum() if scaling.dim() == 0 else every.sum_to_size(scaling.shape)
-        dscaling = dscaling.to(scaling.device, scaling.dtype)
+        dscaling = every.sum_to_size(scaling.shape).to(scaling.device, scaling.dtype)
     if need_gates:
         dgates = (product * scaling.to(t.device)).sum_to_size(gates.shape).to(gates.dtype)
     return dscaling, dgates

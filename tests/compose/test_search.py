@@ -10,8 +10,7 @@ from torch import nn
 
 from fastlora.compose import compose, merge_composed, search
 from fastlora.compose.bank import named, opened
-from fastlora.compose.optimise import optimise
-from fastlora.compose.search import Examples, language_losses
+from fastlora.compose.search import Examples, language_losses, optimise
 
 pytestmark = pytest.mark.filterwarnings("ignore:COBYLA")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import triton
 from fastlora.kernels import dropout as dropout_module
-from fastlora.kernels import expand, linear, shrink, tile
+from fastlora.kernels import expand, linear, routed, shrink, tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -35,7 +35,7 @@ UNRECORDED = 3
 # both fall to nothing, without an error, when a change undoes the pipelining.
 COSTS = ("registers", "spills", "shared")
 GAINS = ("wait", "copies")
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
 def calls():
@@ -65,6 +65,14 @@ def calls():
         y, z, b = meta(M, 4096, dtype=dtype), meta(M, 16, dtype=torch.float32), meta(4096, 16, dtype=dtype)
         return expand.lora_expand(y, z, [b], scaling, None, [], [])
 
+    def routing(T, most=2, slices=(), dtype=torch.bfloat16, bias=False, K=4096, N=4096):
+        i32, (x, w) = torch.int32, (meta(T, K, dtype=dtype), meta(N, K, dtype=dtype))
+        lists = [meta(T + 1, dtype=i32), meta(T, dtype=i32), meta(T, dtype=torch.int64), meta(T, 3, dtype=i32), None]
+        a, b = meta(9, max(len(slices), 1), 8, K, dtype=dtype), meta(9, 8, N, dtype=dtype)
+        pages = [a, b, meta(4, most, dtype=i32), meta(4, dtype=i32), meta(4, dtype=torch.float32), meta(4, dtype=i32)]
+        gates, bias = meta(T, dtype=torch.float32), meta(N, dtype=dtype) if bias else None
+        return routed.lora_routed_forward(x, w, [], [], scaling, bias, lists, gates, [], slices, pages)
+
     fp32 = torch.float32
     return {
         "forward M=8192": lambda: forward(8192),
@@ -90,6 +98,13 @@ def calls():
         "shrink_backward M=8192 dropout": lambda: shrink.lora_shrink_backward(
             meta(8192, 16, dtype=fp32), meta(8192, 4096), [meta(16, 4096)], 0.1, seed, [True, True]
         ),
+        "routed T=128": lambda: routing(128),
+        "routed T=128 R=64 slices bias": lambda: routing(128, 8, (2048, 1024, 1024), bias=True),
+        "routed T=128 fp32": lambda: routing(128, dtype=fp32),
+        "routed T=128 odd K N": lambda: routing(128, 1, K=4095, N=4001),
+        "routed T=8": lambda: routing(8),
+        "routed T=8 R=64 slices bias": lambda: routing(8, 8, (2048, 1024, 1024), bias=True),
+        "routed T=8 fp32": lambda: routing(8, dtype=fp32),
         "dropout": lambda: dropout_module.lora_dropout(meta(8192, 4096), 0.1, seed),
         "dropout fp32": lambda: dropout_module.lora_dropout(meta(8192, 4096, dtype=fp32), 0.1, seed),
     }  # fmt: skip

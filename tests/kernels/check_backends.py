@@ -3,9 +3,9 @@
 import harness
 import pytest
 import torch
+from exactness import assert_accurate
 
 import fastlora
-from fastlora.testing import assert_accurate
 
 # On a CPU `native` is its own kernels, tested elsewhere; here they are what the op does on a GPU.
 BACKENDS = ["triton"] if harness.DEVICE == "cpu" else ["triton", "native", "reference"]

@@ -3,9 +3,8 @@
 import harness
 import pytest
 import torch
+from exactness import assert_accurate, poison
 from fastlora.kernels import shrink
-
-from fastlora.testing import assert_accurate, poison
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 CASES = {

@@ -64,7 +64,8 @@ def test_encoders(ours, write_expert, tmp_path, ids, cls):
     # each layer's gates stand in its own place
     gates = model.get_latest_scalings().detach().unbind(2)
     with torch.no_grad(), selected(model.owner, model.keys, gates):
-        model.stacks[0].unhook()
+        for handle in model.stacks[0].handles:
+            handle.remove()
         torch.testing.assert_close(model(input_ids=ids)[0], output[0].detach(), rtol=1e-4, atol=1e-4)
     output[0].sum().backward()
     assert model.xlora_classifier.last.weight.grad.abs().max() > 0

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastlora
 from fastlora import tasks
-from fastlora.nn.rows import Stacked
+from fastlora.nn.switch import Stacked
 
 X = torch.linspace(-1, 1, 5 * 12).view(5, 12)
 CHOICE = {"a": 0.5, "b": 2.0, "c": -1.0}

@@ -1,7 +1,7 @@
 import pytest
+from exactness import poison
 
 from fastlora import backends
-from fastlora.testing import poison
 
 
 @pytest.fixture(params=["reference", "native"])

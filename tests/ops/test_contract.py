@@ -4,11 +4,11 @@ layer.
 
 import pytest
 import torch
+from exactness import assert_accurate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import backends, lora_expand, lora_linear, lora_shrink
-from fastlora.testing import assert_accurate
 
 ops = torch.ops.fastlora
 

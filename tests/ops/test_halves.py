@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from exactness import assert_accurate, strided, transposed
 
 from fastlora import lora_expand, lora_linear, lora_shrink
-from fastlora.testing import assert_accurate, strided, transposed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = {"plain": lambda t: t, "strided": strided, "transposed": transposed}

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from exactness import assert_accurate, formula, rounded, strided, transposed
 
 from fastlora import lora_linear
-from fastlora.testing import assert_accurate, formula, rounded, strided, transposed
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: the error rule, hostile inputs, NaN-filled fresh memory, plain-torch formulas."""
+"""What tests share: the error rule, hostile inputs, NaN-filled fresh memory, plain-torch formulas."""
 
 import contextlib
 
@@ -41,11 +41,8 @@ def formula(
     g = g.expand(*(x.shape[:-1] if g.dim() > 1 else ()), E)
     if ranks:
         g = g.repeat_interleave(torch.tensor(ranks), dim=-1)
-    start = 0
-    for a, b in zip(lora_A, lora_B, strict=True):
-        stop = start + a.shape[0]
-        v = v + F.linear(F.linear(d, a.to(x.dtype)) * g[..., start:stop], b.to(x.dtype))
-        start = stop
+    for a, b, part in zip(lora_A, lora_B, g.split([a.shape[0] for a in lora_A], -1), strict=True):
+        v = v + F.linear(F.linear(d, a.to(x.dtype)) * part, b.to(x.dtype))
     v = v if column_scale is None else v * column_scale.to(x.dtype)
     return v if bias is None else v + bias
 

@@ -1,0 +1,205 @@
+// lora_routed on a CPU: the base product, then each thread takes some tokens through both halves of their adapters' update.
+// No weight is gathered or padded; rows of x are, where a segment's tokens do not lie together.
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "adapters.h"
+
+namespace fastlora::cpu {
+namespace {
+
+constexpr int64_t kPartRows = 64;   // most tokens that go through together
+
+// Tokens of one segment, by their places in `order`.
+struct Part {
+  const Segment* s;
+  int64_t start, stop;
+  int64_t z(const Adapters& c) const { return s->z + (start - s->start) * c.k * s->R; }
+};
+
+// z = x aT, or with `back` dy b, which has the same form (where there are no slices)
+void project(const Adapters& c, const Part& p, const Rows& x, bool back, float* z) {
+  const int64_t width = c.k * p.s->R, size = x.tensor.element_size(), bytes = x.n * size, M = p.stop - p.start;
+  const auto* order = c.order + p.start;
+  const auto* rows = static_cast<const char*>(x.data) + order[0] * x.ld * size;
+  bool together = true;
+  for (int64_t i = 1; i < M; i++) together &= order[i] == order[i - 1] + 1;
+  thread_local std::vector<char> copy;
+  if (!together) {
+    copy.resize(M * bytes);
+    for (int64_t i = 0; i < M; i++)
+      std::memcpy(copy.data() + i * bytes, static_cast<const char*>(x.data) + order[i] * x.ld * size, bytes);
+    rows = copy.data();
+  }
+  const auto* table = cpu().table[c.type];
+  int64_t column = 0;
+  for (int64_t slice = 0; slice < c.k; slice++)
+    for (auto slot = p.s->slots; slot != p.s->end; slot++) {
+      const auto& entry = c.of(*slot);
+      for (auto factor : back ? entry.b : entry.a) {
+        factor.data = static_cast<const char*>(factor.data) + slice * entry.slice;
+        const Shrink shrink{c.type, M, x.n, width, rows, together ? x.ld : x.n, 1, &factor, {}, z + column};
+        table->shrink(shrink, 0, M, scratch(scratch_bytes(shrink)));
+        column += factor.rank;
+      }
+    }
+}
+
+// y += each row's sum of zg b, or with `back` of zg a
+void spread(const Adapters& c, const Part& p, const float* zg, bool back, const Tensor& y, const Tensor& bias) {
+  c10::SmallVector<Added, 8> list;
+  for (auto slot = p.s->slots; slot != p.s->end; slot++) {
+    const auto& entry = c.of(*slot);
+    const auto& factors = back ? entry.a : entry.b;
+    list.push_back({static_cast<int>(factors.size()), factors.data(), back ? nullptr : entry.d});
+  }
+  const auto N = y.size(-1);
+  for (int64_t i = 0; i < c.k; i++)
+    cpu().table[c.type]->spread({c.type, p.stop - p.start, c.order + p.start, zg + i * p.s->R, c.k * p.s->R, c.gates, c.offsets,
+                                 static_cast<int>(list.size()), list.data(), y.mutable_data_ptr(), N,
+                                 bias.defined() ? bias.const_data_ptr() : nullptr},
+                                c.k == 1 ? 0 : c.bounds[i], c.k == 1 ? N : c.bounds[i + 1]);
+}
+
+// f(entry, slot, slice, gate times scale, where its z begins, its rank) of each adapter of each of a part's tokens
+template <class F>
+void walk(const Adapters& c, const Part& p, F&& f) {
+  auto at = p.z(c);
+  for (auto i = p.start; i < p.stop; i++)
+    for (int64_t slice = 0; slice < c.k; slice++)
+      for (auto slot = p.s->slots; slot != p.s->end; slot++) {
+        const auto& adapter = c.of(*slot);
+        const int64_t entry = c.offsets[c.order[i]] + (slot - p.s->slots);
+        f(entry, *slot, slice, c.gates[entry] * adapter.scale, at, adapter.rank);
+        at += adapter.rank;
+      }
+}
+
+// f(part), the work of equal weight for each thread
+template <class F>
+void for_parts(const Adapters& c, int64_t columns, F&& f) {
+  int64_t work = 0;
+  for (const auto& s : c.segments) work += (s.stop - s.start) * (s.R + 1);
+  const int64_t threads = threads_for(work * columns);
+  parallel(threads, [&](int64_t thread) {
+    const auto from = work * thread / threads, to = work * (thread + 1) / threads;
+    int64_t begin = 0;
+    for (const auto& s : c.segments) {
+      const auto tokens = s.stop - s.start, first = begin;
+      const auto place = [&](int64_t at) { return std::clamp<int64_t>(divide_up(at - first, s.R + 1), 0, tokens); };
+      for (auto i = place(from); i < place(to); i += kPartRows)
+        f(Part{&s, s.start + i, s.start + std::min(i + kPartRows, place(to))});
+      begin += tokens * (s.R + 1);
+    }
+  });
+}
+
+Tensor base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  const Gate one;
+  Gated none{at::empty({x.numel() / x.size(-1), 0}, x.options().dtype(at::kFloat)), one};
+  Product p{x, weight.size(0), x, weight, none, {}, true, {}, {}, false, {}, bias};
+  return products.product(p);
+}
+
+// The rows that a pair's tokens have, a view where they lie together.
+Tensor rows_of(const Tensor& t, const std::vector<int64_t>& tokens) {
+  const auto n = static_cast<int64_t>(tokens.size());
+  if (tokens.back() - tokens.front() == n - 1 && std::is_sorted(tokens.begin(), tokens.end()))
+    return t.narrow(0, tokens.front(), n);
+  return t.index_select(0, at::tensor(tokens));
+}
+
+}  // namespace
+
+bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorList pages) {
+  const auto plain = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type() && t.is_contiguous(); };
+  return x.is_cpu() && takes(x, lora_A) && takes(x, lora_B) && (pages.empty() || (plain(pages[0]) && plain(pages[1])));
+}
+
+RoutedForward routed_forward(FASTLORA_ROUTED_ARGS, bool want_z) {
+  const Rows rows(x);
+  const auto N = weight.size(0);
+  const Plan plan(route);
+  const bool vendor = choose({type_of(x), rows.M, N, rows.n, 0, weight.stride(1) == 1, false}, cpu()) == kVendor;
+  if (plan.bounds[plan.G] == 0 && !want_z && vendor) return {at::linear(x, weight, bias), nothing(x)};
+  const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
+  const auto row = bias ? bias->contiguous() : Tensor();
+  auto y = base(x, weight, bias);
+  auto out = want_z ? at::zeros({gates.size(0), c.k * most_ranks(lora_B, pages)}, x.options().dtype(at::kFloat)) : nothing(x);
+  const auto buffer = make({c.total}, x, at::kFloat);
+  auto *z = buffer.data_ptr<float>(), *kept = want_z ? out.data_ptr<float>() : nullptr;
+  const auto width = want_z ? out.size(1) : 0;
+  for_parts(c, rows.n + N, [&](const Part& p) {
+    project(c, p, rows, false, z + p.z(c));
+    walk(c, p, [&](int64_t entry, int64_t, int64_t slice, float g, int64_t at, int64_t rank) {
+      if (kept) std::memcpy(kept + entry * width + slice * (width / c.k), z + at, rank * sizeof(float));
+      for (int64_t r = 0; r < rank; r++) z[at + r] *= g;
+    });
+    spread(c, p, z + p.z(c), false, y, row);
+  });
+  return {y, out};
+}
+
+std::optional<RoutedBackward> routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
+  const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
+  if (c.dora) return {};
+  const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates] = needs;
+  const Rows rows(dy);
+  const auto dy2 = flat(dy), x2 = flat(x), buffer = make({2, c.total}, x, at::kFloat), saved = z.contiguous();
+  auto *t = buffer.data_ptr<float>(), *zg = t + c.total;
+  const auto S = paged(pages), E = static_cast<int64_t>(lora_A.size()), width = z.size(1);
+  auto dg = at::zeros({gates.size(0)}, z.options()), ds = at::zeros({E}, z.options());
+  auto* sums = dg.data_ptr<float>();
+  const auto dx = need_x ? base(dy, weight.t(), {}) : nothing(x);
+  for_parts(c, rows.n + x.size(-1), [&](const Part& p) {
+    project(c, p, rows, true, t + p.z(c));
+    walk(c, p, [&](int64_t entry, int64_t, int64_t, float g, int64_t at, int64_t rank) {
+      const float* z_row = saved.const_data_ptr<float>() + entry * width;
+      for (int64_t r = 0; r < rank; r++) {
+        sums[entry] += t[at + r] * z_row[r];
+        t[at + r] *= g, zg[at + r] = z_row[r] * g;
+      }
+    });
+    if (need_x) spread(c, p, t + p.z(c), true, dx, {});
+  });
+  std::vector<std::vector<int64_t>> tokens(E), places(E);   // of each pair: its tokens, and where their z lies
+  for (const auto& s : c.segments) {
+    const Part whole{&s, s.start, s.stop};
+    int64_t seen = 0;
+    walk(c, whole, [&](int64_t entry, int64_t slot, int64_t, float, int64_t at, int64_t) {
+      const auto token = c.order[s.start + seen++ / (s.end - s.slots)];
+      if (slot >= S) {
+        tokens[slot - S].push_back(token), places[slot - S].push_back(at);
+        ds.data_ptr<float>()[slot - S] += sums[entry] * c.gates[entry];
+      }
+      sums[entry] *= c.of(slot).scale;
+    });
+  }
+  const Gate one;
+  Tensors dA, dB;
+  for (int64_t e = 0; e < E && (need_A || need_B); e++) {
+    const auto m = static_cast<int64_t>(tokens[e].size()), r = lora_B[e].size(1);
+    const auto of = [&](const float* from) {
+      auto part = make({m, r}, x, at::kFloat);
+      for (int64_t i = 0; i < m; i++) std::memcpy(part.data_ptr<float>() + i * r, from + places[e][i], r * sizeof(float));
+      return part;
+    };
+    const auto grad = [&](const float* from, const Tensor& rows, const Tensor& adapter, bool last_is_rank) {
+      if (m == 0 || r == 0) return at::zeros_like(adapter);
+      return products.outer({of(from), one}, rows_of(rows, tokens[e]), adapter, last_is_rank, {})[0];
+    };
+    if (need_A) dA.push_back(grad(t, x2, lora_A[e], false));
+    if (need_B) dB.push_back(grad(zg, dy2, lora_B[e], true));
+  }
+  return RoutedBackward{dx, need_weight ? at::mm(dy2.t(), x2) : nothing(x), dA, dB,
+          need_scaling ? ds.sum_to_size(scaling.sizes()).to(scaling.scalar_type()) : nothing(x),
+          need_bias ? dy2.sum(0) : nothing(x), need_gates ? dg.to(gates.scalar_type()) : nothing(x)};
+}
+
+}  // namespace fastlora::cpu

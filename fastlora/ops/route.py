@@ -1,0 +1,125 @@
+"""Which adapters each token uses: built once for a batch on the host, read by every layer."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastlora.ops import check
+
+TILE = 16
+
+
+class Route:
+    """Token t uses slots[offsets[t]:offsets[t + 1]], each with its gate; an empty list is the base alone.
+
+    offsets (T + 1,), slots (n,), gates (n,), a tensor that may require grad, or None for 1. Tokens are x's leading
+    dimensions in row-major order. Tokens that use the same slots make one segment, wherever they are: `order` (T,)
+    puts them together, `tiles` (tiles, 3) cuts that into (first position, at most 16 tokens, slots in their list).
+    `plan`, on the CPU: G segments, their starts (G + 1), the starts of their lists (G + 1), the lists. All of it is
+    on `device` otherwise. Raises ValueError for offsets, slots or gates that are no such lists.
+    """
+
+    def __init__(self, offsets, slots, gates=None, device=None):
+        offsets, slots = _integers("offsets", offsets), _integers("slots", slots)
+        whole = offsets.size and offsets[0] == 0 and offsets[-1] == slots.size and (np.diff(offsets) >= 0).all()
+        check.value(whole, "offsets", offsets.tolist()[:8], f"numbers that rise from 0 to {slots.size}")
+        bounds, flat = offsets.tolist(), slots.tolist()
+        lists = [tuple(flat[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        self._build(lists, np.arange(len(lists)), offsets, slots, gates, device)
+
+    @classmethod
+    def from_lists(cls, lists, device=None):
+        """The route of tokens whose lists of (slot, gate) are given, as in [[(0, 0.5)], []]."""
+        return cls.from_rows(lists, np.arange(len(lists)), device)
+
+    @classmethod
+    def from_rows(cls, lists, rows, device=None):
+        """The route of tokens each of which uses the list of (slot, gate) of its row; −1 is a token without any."""
+        rows = _integers("rows", rows, -1)
+        check.value(not rows.size or rows.max() < len(lists), "rows", rows.tolist()[:8], f"rows below {len(lists)}")
+        lists = [*lists, ()]
+        lengths = np.array([len(entries) for entries in lists])
+        first = np.cumsum(lengths) - lengths
+        offsets = np.concatenate([[0], np.cumsum(lengths[rows])])
+        at = np.arange(offsets[-1]) + np.repeat(first[rows] - offsets[:-1], lengths[rows])
+        flat = [entry for entries in lists for entry in entries]
+        slots = _integers("slots", [slot for slot, _ in flat])[at]
+        gates = torch.from_numpy(np.array([gate for _, gate in flat], np.float32)[at])
+        self = cls.__new__(cls)
+        self._build([tuple(slot for slot, _ in entries) for entries in lists], rows, offsets, slots, gates, device)
+        return self
+
+    def _build(self, lists, rows, offsets, slots, gates, device):
+        numbers = {}
+        group = np.array([numbers.setdefault(slots, len(numbers)) for slots in lists], np.int64)[rows]
+        order = np.argsort(group, kind="stable")
+        counts = np.bincount(group, minlength=len(numbers))
+        used = [(slots, count) for slots, count in zip(numbers, counts.tolist(), strict=True) if count]
+        starts = np.cumsum([0, *(count for _, count in used)])
+        bounds = np.cumsum([0, *(len(slots) for slots, _ in used)])
+        listed = [slot for slots, _ in used for slot in slots]
+        self.plan = torch.from_numpy(np.concatenate([[len(used)], starts, bounds, listed]).astype(np.int64))
+        tiles = [
+            (start + i, min(TILE, count - i), len(slots))
+            for start, (slots, count) in zip(starts.tolist(), used, strict=False)
+            for i in range(0, count, TILE)
+            if slots
+        ]
+        gates = torch.ones(len(slots)) if gates is None else torch.as_tensor(gates)
+        gates = gates if gates.dtype == torch.float64 else gates.float()
+        check.value(gates.shape == (len(slots),), "gates", f"shape {tuple(gates.shape)}", f"({len(slots)},), as slots")
+        finite = bool(gates.detach().isfinite().all())
+        check.value(finite, "gates", "infinity or NaN", "finite numbers")
+        self.base_only = not tiles
+        self.offsets = torch.from_numpy(offsets.astype(np.int32)).to(device)
+        self.slots, self.gates = torch.from_numpy(slots.astype(np.int32)).to(device), gates.to(device)
+        self.order = torch.from_numpy(order).to(device)
+        self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, 3)
+
+    @property
+    def tokens(self):
+        """T, how many tokens it is for."""
+        return len(self.order)
+
+    @property
+    def tensors(self):
+        """What the op takes beside the gates."""
+        return self.offsets, self.slots, self.order, self.tiles, self.plan
+
+    def take(self, tokens):
+        """The route of these tokens alone, in this order."""
+        tokens = _integers("tokens", tokens)
+        offsets, slots = self.offsets.cpu().numpy(), self.slots.cpu().numpy()
+        lengths = np.diff(offsets)[tokens]
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        at = np.arange(bounds[-1]) + np.repeat(offsets[tokens] - bounds[:-1], lengths)
+        gates = self.gates[torch.from_numpy(at).to(self.gates.device)]
+        return Route(bounds, slots[at], gates, self.order.device)
+
+
+def _integers(name, given, least=0):
+    array = np.asarray(given.cpu() if isinstance(given, torch.Tensor) else given)
+    whole = array.ndim == 1 and (not array.size or array.dtype.kind in "iu")
+    check.value(whole, name, f"{array.dtype} of shape {array.shape}", "a sequence of integers")
+    array = array.astype(np.int64)
+    check.value(not array.size or array.min() >= least, name, array[:8].tolist(), f"integers of at least {least}")
+    return array
+
+
+class Pages(NamedTuple):
+    """A layer's frozen adapters, in pages of 8 rank rows; what slot s holds stands in row s of the tables.
+
+    A (P, k, 8, in), for each of k output slices; B (P, 8, out); table (S, most pages) int32, a slot's pages in the
+    order of its rank rows; ranks (S,) int32, 0 for none; scales (S,) float32; columns (S,) int32, the page of B whose
+    first row is DoRA's c − 1, or −1. `host`, where the device is not the CPU: (S, 2 + most pages) int32 on the CPU
+    with ranks, columns and table.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    table: torch.Tensor
+    ranks: torch.Tensor
+    scales: torch.Tensor
+    columns: torch.Tensor
+    host: torch.Tensor | None = None

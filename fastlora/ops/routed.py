@@ -1,0 +1,220 @@
+"""y[t] = x[t] Wᵀ + bias + Σ gate ((c − 1) ⊙ x[t] Wᵀ + c ⊙ s (x[t] lora_Aᵀ) lora_Bᵀ) over the adapters of token t.
+
+Backward, for each adapter of a token, with z = x lora_Aᵀ, e = c ⊙ dy, t = e lora_B and dz = gate · s · t:
+
+    dx = (dy ⊙ (1 + Σ gate (c − 1))) W + Σ dz lora_A        dA = dzᵀ x        dB = gate · s · eᵀ z
+    dgate = s Σ t ⊙ z + Σ dy ⊙ (c − 1) ⊙ x Wᵀ               ds = gate Σ t ⊙ z
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastlora import backends
+from fastlora.ops import check
+from fastlora.ops.dropout import wide
+from fastlora.ops.library import blanks, define, scalar
+from fastlora.ops.route import Pages, Route
+from fastlora.ops.shrink import flat
+
+
+def lora_routed(
+    x, weight, lora_A, lora_B, route, bias=None, *, scaling=1.0, column_scale=None, slices=None, pages=None
+):
+    """A linear layer in which every token has adapters of its own, of any rank, each with a gate, in one call.
+
+    y[t] = x[t] Wᵀ + bias + Σ gate ((c − 1) ⊙ x[t] Wᵀ + c ⊙ s (x[t] lora_Aᵀ) lora_Bᵀ) over route's list of token t.
+    x (..., in), weight (out, in), bias (out,); lora_A (r, in) and lora_B (out, r): sequences, one pair an adapter.
+    `pages` (`Pages`, also in lora_A's place) holds frozen adapters: slots below its S are theirs, slot S + e is pair
+    e. s: `scaling`, a number, 0-d or (E,), for the pairs; pages have their own. c: DoRA's, `column_scale`, a sequence
+    of (out,) or None, constants. `slices`: k widths that sum to out, as of q, k and v: lora_A is then (k·r, in), and
+    slice i of the columns expands the i-th r of its rows. Returns y (..., out) in x's dtype; sums are in float32.
+
+    Differentiable in x, lora_A, lora_B, route.gates, scaling, bias, and weight if it requires grad; double backward
+    raises. Errors: ValueError and TypeError that name the argument; RuntimeError under CUDA graph capture, where the
+    composed form would freeze this batch's lists. Sources: Punica (Chen et al. 2023, arXiv 2310.18547), S-LoRA (Sheng
+    et al. 2023, arXiv 2311.03285); with gates of tokens X-LoRA (Buehler & Buehler 2024, arXiv 2402.07148).
+    """
+    if isinstance(lora_A, Pages):
+        lora_A, lora_B, pages = (), (), lora_A
+    check.kind(isinstance(route, Route), "route", type(route).__name__, "a fastlora.Route")
+    check.kind(pages is None or isinstance(pages, Pages), "pages", type(pages).__name__, "fastlora.Pages")
+    if column_scale is not None:
+        column_scale = [x.new_empty(0) if c is None else c for c in column_scale]
+    return lora_routed_op(
+        x, weight, check.tensors("lora_A", lora_A), check.tensors("lora_B", lora_B), scalar(scaling), bias,
+        route.tensors, route.gates, column_scale or (), slices or (),
+        () if pages is None else [t for t in pages if t is not None],
+    )  # fmt: skip
+
+
+def _segments(plan):
+    """[(first position in order, last, slots)] of the segments that have adapters."""
+    G, *rest = plan.tolist()
+    starts, bounds, slots = rest[: G + 1], rest[G + 1 : 2 * G + 2], rest[2 * G + 2 :]
+    lists = [slots[bounds[i] : bounds[i + 1]] for i in range(G)]
+    return [(starts[i], starts[i + 1], lists[i]) for i in range(G) if lists[i]]
+
+
+def _rank_rows(lora_B, pages):
+    return max([b.shape[1] for b in lora_B] + ([8 * pages[2].shape[1]] if pages else [0]))
+
+
+class _Adapters:
+    """The adapters of a call by slot: A (k, r, in), B (r, out), scale and c − 1, at x's precision."""
+
+    def __init__(self, x, lora_A, lora_B, scaling, column_scale, slices, pages):
+        self.x, self.A, self.B, self.pages = x, lora_A, lora_B, pages
+        self.S, self.k = pages[2].shape[0] if pages else 0, max(len(slices), 1)
+        self.scales = scaling.to(x.device, wide(x)).expand(len(lora_A))
+        self.column_scale = column_scale
+
+    def __call__(self, slot):
+        e, dtype = slot - self.S, self.x.dtype
+        if e < 0:
+            A, B, table, ranks, scales, columns, *host = self.pages
+            if host:
+                ranks, columns, table = host[0][:, 0], host[0][:, 1], host[0][:, 2:]
+            r, column = int(ranks[slot]), int(columns[slot])
+            page = table[slot, : -(-r // 8)].to(A.device, torch.int64)
+            a, b = A[page].transpose(0, 1).flatten(1, 2)[:, :r], B[page].flatten(0, 1)[:r]
+            d = B[column, 0] if column >= 0 else None
+            scale = scales[slot]
+        else:
+            a, b, scale = self.A[e].unflatten(0, (self.k, self.B[e].shape[1])), self.B[e].T, self.scales[e]
+            c = self.column_scale[e] if self.column_scale else self.x.new_empty(0)
+            d = (c.to(wide(self.x)) - 1) if c.numel() else None
+        to = wide(self.x)
+        return a.to(dtype).to(to), b.to(dtype).to(to), scale.to(to), None if d is None else d.to(to)
+
+
+def _expand(z, b, slices):
+    """z (m, k, r), b (r, out) -> (m, out)"""
+    parts = b.split(list(slices), 1) if slices else (b,)
+    return torch.cat([z[:, i] @ part for i, part in enumerate(parts)], 1)
+
+
+def lora_routed_forward_reference(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
+    offsets, slots, order, _, plan = route
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("fastlora: lora_routed: a captured graph would keep this batch's lists; pin 'triton'")
+    adapters, x2 = _Adapters(x, lora_A, lora_B, scaling, column_scale, slices, pages), flat(x)
+    z = x2.new_zeros(len(slots), adapters.k, _rank_rows(lora_B, pages), dtype=wide(x))
+    v = F.linear(x2, weight).to(z.dtype)
+    y = v.clone() if bias is None else v + bias.to(v.dtype)
+    for start, stop, listed in _segments(plan):
+        tokens = order[start:stop]
+        for j, slot in enumerate(listed):
+            a, b, scale, d = adapters(slot)
+            entries = offsets[tokens].long() + j
+            zs = torch.einsum("mi,kri->mkr", x2[tokens].to(z.dtype), a)
+            z[entries, :, : zs.shape[2]] = zs
+            update = scale * _expand(zs, b, slices)
+            if d is not None:
+                update = d * v[tokens] + (1 + d) * update
+            y[tokens] += gates[entries, None].to(z.dtype) * update
+    return y.to(x.dtype).view(*x.shape[:-1], len(weight)), z.flatten(1)
+
+
+def lora_routed_backward_reference(
+    dy, x, weight, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages, z, needs
+):
+    offsets, slots, order, _, plan = route
+    need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates = needs
+    adapters, x2, dy2 = _Adapters(x, lora_A, lora_B, scaling, column_scale, slices, pages), flat(x), flat(dy)
+    dy2, z, wide_x = dy2.to(z.dtype), z.unflatten(1, (adapters.k, z.shape[1] // adapters.k)), x2.to(z.dtype)
+    dv, dx = dy2.clone(), torch.zeros_like(wide_x)
+    dA, dB = [torch.zeros_like(a, dtype=z.dtype) for a in lora_A], [torch.zeros_like(b, dtype=z.dtype) for b in lora_B]
+    dgates, dscale = torch.zeros_like(gates, dtype=z.dtype), dx.new_zeros(len(lora_A))
+    for start, stop, listed in _segments(plan):
+        tokens = order[start:stop]
+        for j, slot in enumerate(listed):
+            a, b, scale, d = adapters(slot)
+            entries = offsets[tokens].long() + j
+            gate, e, zs = gates[entries, None].to(z.dtype), dy2[tokens], z[entries][:, :, : len(b)]
+            if d is not None:
+                v = F.linear(x2[tokens], weight).to(z.dtype)
+                dgates[entries] += (e * d * v).sum(1)
+                dv[tokens] += gate * d * e
+                e = e * (1 + d)
+            parts = list(zip(e.split(list(slices), 1), b.split(list(slices), 1), strict=True)) if slices else [(e, b)]
+            t = torch.stack([ei @ bi.T for ei, bi in parts], 1)
+            dgates[entries] += scale * (t * zs).sum((1, 2))
+            dz = gate[:, None] * scale * t
+            dx[tokens] += torch.einsum("mkr,kri->mi", dz, a)
+            if slot >= adapters.S:
+                own = slot - adapters.S
+                dA[own] += torch.einsum("mkr,mi->kri", dz, wide_x[tokens]).flatten(0, 1)
+                zg = gate[:, None] * scale * zs
+                dB[own] += torch.cat([ei.T @ zg[:, i] for i, (ei, _) in enumerate(parts)])
+                dscale[own] += (gate[:, None] * t * zs).sum()
+    empty = x.new_empty(0)
+    dx = (dx + (dv.to(x.dtype) @ weight).to(z.dtype)).to(x.dtype).view_as(x) if need_x else empty
+    dweight = (dv.T @ wide_x).to(weight.dtype) if need_weight else empty
+    return (
+        dx, dweight, [g.to(a.dtype) for g, a in zip(dA, lora_A, strict=True)] if need_A else [],
+        [g.to(b.dtype) for g, b in zip(dB, lora_B, strict=True)] if need_B else [],
+        dscale.sum_to_size(scaling.shape).to(scaling) if need_scaling else x.new_empty(0),
+        dy2.sum(0).to(x.dtype) if need_bias else x.new_empty(0),
+        dgates.to(gates.dtype) if need_gates else x.new_empty(0),
+    )  # fmt: skip
+
+
+def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
+    check.base(x, weight, bias)
+    k, (out, n_in), tokens = max(len(slices), 1), weight.shape, route[2].shape[0]
+    whole = not slices or min(slices) >= 0 and sum(slices) == out
+    check.value(whole, "slices", list(slices), f"widths that sum to {out}")
+    check.value(len(lora_A) == len(lora_B), "lora_B", f"{len(lora_B)} tensors", f"{len(lora_A)}, as lora_A")
+    for a, b in zip(lora_A, lora_B, strict=True):
+        check.matrix("lora_B", b, out, None, x)
+        check.matrix("lora_A", a, k * b.shape[1], n_in, x)
+    given = x.shape[:-1].numel()
+    check.value(tokens == given, "route", f"a route of {tokens} tokens", f"one of {given}, as x has")
+    check.value(gates.device == x.device, "route", f"a route on {gates.device}", f"{x.device}, as x")
+    check.floating("scaling", scaling)
+    shape = tuple(scaling.shape)
+    check.value(shape in ((), (len(lora_A),)), "scaling", f"shape {shape}", f"() or ({len(lora_A)},)")
+    check.value(len(column_scale) in (0, len(lora_A)), "column_scale", len(column_scale), f"{len(lora_A)}, as lora_A")
+    for c in column_scale:
+        check.value(tuple(c.shape) in ((out,), (0,)), "column_scale", f"shape {tuple(c.shape)}", f"({out},)")
+    if pages:
+        A, B = pages[:2]
+        fits = A.dim() == 4 and A.shape[1:] == (k, 8, n_in) and B.shape == (A.shape[0], 8, out)
+        got = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+        check.value(fits, "pages", got, f"A (P, {k}, 8, {n_in}) and B (P, 8, {out})")
+        check.value(A.device == x.device, "pages", f"pages on {A.device}", f"{x.device}, as x")
+
+
+def _check_slots(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
+    _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages)
+    most = max((slot for _, _, slots in _segments(route[4]) for slot in slots), default=-1)
+    slots = len(lora_A) + (pages[2].shape[0] if pages else 0)
+    check.value(most < slots, "route", f"slot {most}", f"slots below {slots}")
+
+
+def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
+    _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages)
+    rows = max(len(slices), 1) * _rank_rows(lora_B, pages)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((gates.shape[0], rows), dtype=wide(x))
+
+
+def _backward_fake(dy, x, weight, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages, z, needs):
+    return blanks((x, weight, lora_A, lora_B, scaling, x.new_empty(weight.shape[0]), gates), needs, x)
+
+
+_FIRST = "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling"
+_REST = "Tensor[] route, Tensor gates, Tensor[] column_scale, int[] slices, Tensor[] pages"
+_ALL, _FORWARD, _BACKWARD = f"{_FIRST}, Tensor? bias, {_REST}", "lora_routed_forward", "lora_routed_backward"
+backends.register(_FORWARD, "reference", lora_routed_forward_reference)
+backends.register(_BACKWARD, "reference", lora_routed_backward_reference)
+lora_routed_op = define("lora_routed", _ALL, "Tensor", lambda *args: _forward_fake(*args)[0], _check_slots)
+lora_routed_forward_op = define(
+    _FORWARD, _ALL, "(Tensor, Tensor)", _forward_fake, _check_slots, lora_routed_forward_reference
+)
+define(
+    _BACKWARD,
+    f"Tensor dy, {_FIRST}, {_REST}, Tensor z, bool[7] needs",
+    "(Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor)",
+    _backward_fake,
+    reference=lora_routed_backward_reference,
+)

@@ -1,0 +1,59 @@
+"""Routes, and what lora_routed refuses."""
+
+import pytest
+import torch
+
+from fastlora import Route, lora_routed
+
+
+def test_route():
+    route = Route.from_lists([[(0, 0.5)], [], [(2, 1.0), (0, 2.0)], [(0, 3.0)]])
+    assert route.offsets.tolist() == [0, 1, 1, 3, 4] and route.slots.tolist() == [0, 2, 0, 0]
+    assert route.gates.tolist() == [0.5, 1.0, 2.0, 3.0] and not route.base_only and route.tokens == 4
+    assert route.order.tolist() == [0, 3, 1, 2] and route.tiles.tolist() == [[0, 2, 1], [3, 1, 2]]
+    rows = Route.from_rows([[(0, 0.5)], [], [(2, 1.0), (0, 2.0)], [(0, 3.0)]], [0, 1, 2, 3])
+    for mine, theirs in zip(route.tensors, rows.tensors, strict=True):
+        assert torch.equal(mine, theirs)
+    taken = route.take([3, 2])
+    assert taken.offsets.tolist() == [0, 1, 3] and taken.gates.tolist() == [3.0, 1.0, 2.0]
+    assert Route.from_rows([[(1, 1.0)]], [0] * 40 + [-1]).tiles.tolist() == [[0, 16, 1], [16, 16, 1], [32, 8, 1]]
+    assert Route.from_lists([[], []]).base_only
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: Route([0, 2], [1]), "offsets"),
+        (lambda: Route([0, 1], [-1]), "slots"),
+        (lambda: Route([0, 1], [0.5]), "slots"),
+        (lambda: Route([0, 1], [0], [float("nan")]), "gates"),
+        (lambda: Route([0, 1], [0], [1.0, 2.0]), "gates"),
+        (lambda: Route.from_rows([[(0, 1.0)]], [1]), "rows"),
+    ],
+)
+def test_bad_routes(make, name):
+    with pytest.raises(ValueError, match=f"fastlora: {name}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "change, error, name",
+    [
+        ({"route": Route.from_lists([[(0, 1.0)]] * 3)}, ValueError, "route"),
+        ({"route": Route.from_lists([[(2, 1.0)]] * 2)}, ValueError, "route"),
+        ({"route": [[0]]}, TypeError, "route"),
+        ({"lora_A": [torch.zeros(4, 5)] * 2}, ValueError, "lora_A"),
+        ({"lora_B": [torch.zeros(7, 4)] * 2}, ValueError, "lora_B"),
+        ({"lora_B": [torch.zeros(8, 4)]}, ValueError, "lora_B"),
+        ({"scaling": torch.ones(3)}, ValueError, "scaling"),
+        ({"slices": (4, 5)}, ValueError, "slices"),
+        ({"column_scale": [torch.ones(3), None]}, ValueError, "column_scale"),
+        ({"bias": torch.zeros(3)}, ValueError, "bias"),
+        ({"pages": 3}, TypeError, "pages"),
+    ],
+)
+def test_bad_arguments(backend, change, error, name):
+    given = dict(x=torch.zeros(2, 6), weight=torch.zeros(8, 6), lora_A=[torch.zeros(4, 6)] * 2,
+                 lora_B=[torch.zeros(8, 4)] * 2, route=Route.from_lists([[(0, 1.0)]] * 2))  # fmt: skip
+    with pytest.raises(error, match=f"fastlora: {name}"):
+        lora_routed(**{**given, **change})
