@@ -5,7 +5,6 @@ import json
 import math
 import pathlib
 import re
-import typing
 import warnings
 
 import torch
@@ -190,14 +189,8 @@ def _check_config(config):
     check.value(start in _INITIALISATIONS, "init_lora_weights", repr(start), "one that leaves the base's weights alone")
 
 
-class Planned(typing.NamedTuple):
-    """One adapter of a file, as this library's layer `path` or a projection of it takes it."""
-
-    path: str
-    r: int
-    lora_alpha: float
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
+# one adapter of a file, as this library's layer `path` or a projection of it takes it
+Planned = collections.namedtuple("Planned", ["path", "r", "lora_alpha", "lora_A", "lora_B"])
 
 
 def _plan(model, config, tensors):

@@ -164,11 +164,9 @@ class Model(Wrapper):
         A task's names and layouts are the original's: "fc.<task>.module.A" (out, r), "fc.<task>.module.B" (r, in). To
         keep a training run save each task of `names`; what a Trainer writes by itself is the base model.
         """
-        found = state.base_tensors(self) if task is None else state.saved_task(self, task)
+        found = state.base_tensors(self, keep_vars) if task is None else state.saved_task(self, task, keep_vars)
         destination = collections.OrderedDict() if destination is None else destination
-        for name, tensor in found.items():
-            live = keep_vars or not isinstance(tensor, torch.Tensor)
-            destination[prefix + name] = tensor if live else tensor.detach()
+        destination.update((prefix + name, tensor) for name, tensor in found.items())
         return destination
 
     def load_state_dict(self, state_dict, strict=True, assign=None, task=None):

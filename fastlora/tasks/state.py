@@ -9,15 +9,15 @@ from fastlora.nn.bank import Wrapped, escape
 from fastlora.ops import check
 
 
-def base_tensors(model):
+def base_tensors(model, keep_vars=True):
     """{name: tensor} of the base model, under the names it had before it was wrapped."""
-    return {plain: tensor for plain, (_, tensor) in _base(model)[0].items()}
+    return {plain: tensor for plain, (_, tensor) in _base(model, keep_vars)[0].items()}
 
 
-def _base(model):
+def _base(model, keep_vars=True):
     """({plain name: (name inside, tensor)}, {the original's name, as "fc.module.weight": plain name})."""
     layers, base, originals = dict(model._layers(every_name=True)), {}, {}
-    for name, tensor in model.model.state_dict(keep_vars=True).items():
+    for name, tensor in model.model.state_dict(keep_vars=keep_vars).items():
         path, rest = owner(layers, name)
         if path is None:
             base[name] = name, tensor
@@ -59,12 +59,12 @@ def task_tensors(model, task):
     return {join(path, name): t for path, module in each for name, t in module.state_dict(keep_vars=True).items()}
 
 
-def saved_task(model, task):
+def saved_task(model, task, keep_vars):
     """A task's tensors under the original's names."""
     model._known(task)
     tensors = {}
     for path, layer in model._layers():
-        own = layer.tasks[escape(task)].state_dict(keep_vars=True)
+        own = layer.tasks[escape(task)].state_dict(keep_vars=keep_vars)
         if not isinstance(layer, Wrapped):
             A, B = names.to_tasks(layer.kind, own["lora_A"], own["lora_B"])
             own = {"A": A.contiguous(), "B": B.contiguous()}
