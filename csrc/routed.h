@@ -30,11 +30,6 @@ struct Plan {
 
 // Slots below it are pages', the others pairs of tensors.
 inline int64_t paged(TensorList pages) { return pages.empty() ? 0 : pages[2].size(0); }
-inline int64_t most_ranks(TensorList lora_B, TensorList pages) {
-  int64_t r = pages.empty() ? 0 : 8 * pages[2].size(1);
-  for (const auto& b : lora_B) r = std::max(r, b.size(1));
-  return r;
-}
 
 namespace cpu {
 // Whether our kernels take the call: of one of their types, pages included.

@@ -31,8 +31,6 @@ __all__ = [
 
 # what hold_frozen_rows returned; layers whose backward looks for it
 _holds, _watched = weakref.WeakSet(), weakref.WeakSet()
-# optimizers whose state has no entry for each entry of a parameter
-_REFUSED = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
 _warned = False
 
 
@@ -42,8 +40,6 @@ class DyLinear(static.Linear):
     y = x Wᵀ + bias + lora_alpha / k (D(x) lora_A[:k]ᵀ) lora_B[:, :k]ᵀ. `set_rank(index)` is the original's, 0-based: k
     is index + 1; `frozen` trains component k alone. Raises ValueError naming the argument. Source: arXiv 2210.07558.
     """
-
-    lora_base = nn.Linear
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -111,10 +107,9 @@ def _check_held(layer, parameter):
 class model_rank:
     """Run a model or a layer at rank k from now on, or in a `with` block: `with model_rank(model, 4): model(x)`.
 
-    k counts from 1; a layer whose r is lower uses all it has; None uses every layer's r. With `frozen`, training
-    changes component k alone: `optimizer.step()` belongs into the block. Its end puts each layer's own rank back. The
-    rank is the model's, for all threads. Under activation checkpointing backward belongs into the block too: a
-    recompute at another rank raises. Raises ValueError for k outside 1 to r.
+    k counts from 1; a layer whose r is lower uses all it has; None is every layer's r; all threads see it. With
+    `frozen` component k alone trains: `optimizer.step()` belongs into the block, so does backward if checkpointed, or a
+    recompute at another rank raises. Its end puts the layers' ranks back. Raises ValueError for k outside 1 to r.
     """
 
     def __init__(self, model, k, frozen=False):
@@ -138,13 +133,12 @@ class model_rank:
 def sample(model, step, seed=0, frozen=False, distribution="uniform"):
     """Draw the rank of an optimizer step, from 1 to r, set it in all layers, and return it.
 
-    It depends on (seed, step) alone: every process, and a run that goes on from a checkpoint, draws the same.
-    `distribution` is "uniform", the paper's, or r weights. The paper's recipe is `frozen`: component k alone trains;
-    see `hold_frozen_rows`; in eval mode nothing is frozen. Raises ValueError for another distribution, TypeError for a
-    step that is no integer.
+    It depends on (seed, step) alone, on every process and after a restart. `distribution`: "uniform", the paper's, or r
+    weights. The paper's recipe is `frozen`: component k alone trains, in train mode; see `hold_frozen_rows`. Raises
+    ValueError for another distribution, TypeError for a step that is no integer.
     """
     layers, most = _layers(model)
-    weights = [1] * most if distribution == "uniform" else distribution
+    weights = [1] * most if isinstance(distribution, str) and distribution == "uniform" else distribution
     listed = isinstance(weights, (list, tuple)) and len(weights) == most
     fits = listed and all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights) and sum(weights) > 0
     check.value(fits, "distribution", repr(distribution), f"'uniform' or {most} weights, none negative")
@@ -192,8 +186,8 @@ RankReport = collections.namedtuple("RankReport", ["values", "rank"])
 def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
     """({rank: fn(model)} for every rank, the smallest rank whose value is within `tolerance` of the best).
 
-    The model's ranks are put back afterwards; its training mode is fn's affair. NaN is never the best. Raises
-    ValueError for a tolerance below 0, and if all values are NaN.
+    The model's ranks are put back; its training mode is fn's affair. Raises ValueError for a tolerance below 0, and if
+    all values are NaN, which is never the best.
     """
     check.value(tolerance >= 0, "tolerance", tolerance, "a number of at least 0")
     values = {}
@@ -210,24 +204,23 @@ def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
 class hold_frozen_rows:
     """Make frozen mode exact: after each `optimizer.step()`, all but the live component are as they were before it.
 
-    A zero gradient still decays a row under AdamW and carries its momentum; this puts the rows back, those above k too,
-    and their optimizer state. The live component is that of the rank at the end of `step()`. It needs a copy of the
-    adapters and of their state during a step. `remove()` of what is returned ends it. Raises TypeError for optimizers
-    whose state has no entry for each entry of a parameter.
+    AdamW's decay and momentum move rows of zero gradient; this puts them back, those above k too, and their state, from
+    a copy it keeps during a step. The live component is that of the rank at the end of `step()`. Returns a handle whose
+    `remove()` ends it. Raises TypeError for optimizers whose state has no entry for each entry of a parameter.
     """
 
     def __init__(self, optimizer):
         # accelerate's is a wrapper
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        refused = any(cls.__name__ in _REFUSED for cls in type(optimizer).__mro__)
-        check.kind(isinstance(optimizer, torch.optim.Optimizer) and not refused, "optimizer", type(optimizer).__name__,
-                   "one whose state has each parameter's shape, such as torch.optim.AdamW")  # fmt: skip
+        refused = {cls.__name__ for cls in type(optimizer).__mro__} & {"Adafactor", "LBFGS", "Muon", "SparseAdam"}
+        fits = isinstance(optimizer, torch.optim.Optimizer) and not refused
+        expected = "one whose state has each parameter's shape, such as torch.optim.AdamW"
+        check.kind(fits, "optimizer", type(optimizer).__name__, expected)
         self.optimizer, self.before, self.ids = optimizer, {}, frozenset()
         self.hooks = optimizer.register_step_pre_hook(self._copy), optimizer.register_step_post_hook(self._put_back)
         _holds.add(self)
 
     def remove(self):
-        """Let the optimizer move every component again."""
         for hook in self.hooks:
             hook.remove()
         _holds.discard(self)
@@ -259,8 +252,7 @@ class hold_frozen_rows:
                 if old is None:
                     # made in this step, from zeros; Rprop's step sizes begin at the learning rate, for all rows
                     old = tensor.clone() if key == "step_size" else torch.zeros_like(tensor)
-                now = tensor.reshape(-1)[live]
-                tensor.copy_(old.view(-1).index_copy(0, live, now).view(tensor.shape))
+                tensor.copy_(old.view(-1).index_copy(0, live, tensor.reshape(-1)[live]).view(tensor.shape))
 
 
 def _rowed(optimizer, parameter):

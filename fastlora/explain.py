@@ -1,7 +1,5 @@
 """Which back-end runs a call, and why the others do not, in words."""
 
-import typing
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,29 +8,26 @@ from fastlora.nn.attention import AttentionLoRA, ProjectionLoRA
 from fastlora.nn.layer import LoRALayer
 from fastlora.nn.linear import DenseLoRA, OpaqueLoRA
 from fastlora.nn.switch import rank_list
+from fastlora.ops import check
 
 
-class Explanation(typing.NamedTuple):
+class Explanation:
     """What `explain` found: `calls` holds (where, op, back-end or None, {back-end: objection or None})."""
 
-    calls: list
+    def __init__(self, calls):
+        self.calls = calls
 
-    def __str__(self):
-        if not self.calls:
-            return "no fastlora op runs here"
+    def __repr__(self):
         lines = []
         for where, op, chosen, reasons in self.calls:
             lines.append(f"{where}{op}: {chosen or 'no back-end takes this call'}")
             lines += [f"    {name}: {why}" for name, why in reasons.items() if name != chosen]
-        return "\n".join(lines)
-
-    __repr__ = __str__
+        return "\n".join(lines) or "no fastlora op runs here"
 
 
 def _reasons(op, args):
     """(the back-end that runs the call, or None, {back-end: why it does not})"""
-    why = {name: backends.objection(op, name, *args) for name in backends.NAMES}
-    asked = backends.order(op, *args)
+    why, asked = {name: backends.objection(op, name, *args) for name in backends.NAMES}, backends.order(op, *args)
     chosen = next((name for name in asked if why[name] is None), None)
     for name in why.keys() - {chosen}:
         why[name] = why[name] or (f"it comes after {chosen}" if name in asked else backends.passed_over(name))
@@ -58,8 +53,7 @@ def explain(call, *args, **kwargs):
     without arguments is not run: its LoRA layers are listed with the back-end that a one-row input would take.
     Returns an Explanation whose str() is the text. Raises TypeError for what cannot be called.
     """
-    if not callable(call):
-        raise TypeError(f"fastlora: call: got {type(call).__name__}, expected a function or a module")
+    check.kind(callable(call), "call", type(call).__name__, "a function or a module")
     if isinstance(call, torch.nn.Module) and not args and not kwargs:
         return Explanation([entry for name, m in call.named_modules() for entry in _layer(name, m)])
     with _Record() as record:
@@ -68,15 +62,14 @@ def explain(call, *args, **kwargs):
 
 
 def _layer(name, module):
-    """The entries of a layer that is not run; an attention layer speaks for its projections, whose W it holds."""
+    found = []
     if isinstance(module, AttentionLoRA):
         weights = module.projection_weights()
         found = [(f"{name}.lora_{n}".strip("."), p, weights[n]) for n, p in module.projections().items()]
-    else:
-        found = [] if isinstance(module, ProjectionLoRA) else [(name, module, None)]
-    for where, layer, weight in found:
-        if isinstance(layer, LoRALayer) and layer.r:
-            yield from ((where and f"{where}: ", op, *_reasons(op, args)) for op, args in _calls(layer, weight))
+    elif isinstance(module, LoRALayer) and not isinstance(module, ProjectionLoRA):
+        found = [(name, module, None)]
+    calls = [(where, *call) for where, layer, weight in found if layer.r for call in _calls(layer, weight)]
+    return [(where and f"{where}: ", op, *_reasons(op, args)) for where, op, args in calls]
 
 
 def _calls(layer, weight):

@@ -25,7 +25,6 @@ struct Segment {
 };
 
 struct Adapters {
-  // Tensors of x's type are read where they lie; pages of another are not for these kernels.
   Adapters(const Tensor& x, TensorList lora_A, TensorList lora_B, const Tensor& scaling, TensorList route,
            const Tensor& gates, TensorList column_scale, IntArrayRef slices, TensorList pages);
   const Entry& of(int64_t slot) const { return entries[index[slot]]; }

@@ -1,6 +1,5 @@
 // lora_routed on a CPU: the base product, then each thread takes some tokens through both halves of their adapters' update.
 // No weight is gathered or padded; rows of x are, where a segment's tokens do not lie together.
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -107,14 +106,6 @@ Tensor base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   return products.product(p);
 }
 
-// The rows that a pair's tokens have, a view where they lie together.
-Tensor rows_of(const Tensor& t, const std::vector<int64_t>& tokens) {
-  const auto n = static_cast<int64_t>(tokens.size());
-  if (tokens.back() - tokens.front() == n - 1 && std::is_sorted(tokens.begin(), tokens.end()))
-    return t.narrow(0, tokens.front(), n);
-  return t.index_select(0, at::tensor(tokens));
-}
-
 }  // namespace
 
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorList pages) {
@@ -124,21 +115,18 @@ bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorL
 
 RoutedForward routed_forward(FASTLORA_ROUTED_ARGS, bool want_z) {
   const Rows rows(x);
-  const auto N = weight.size(0);
-  const Plan plan(route);
-  const bool vendor = choose({type_of(x), rows.M, N, rows.n, 0, weight.stride(1) == 1, false}, cpu()) == kVendor;
-  if (plan.bounds[plan.G] == 0 && !want_z && vendor) return {at::linear(x, weight, bias), nothing(x)};
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   const auto row = bias ? bias->contiguous() : Tensor();
   auto y = base(x, weight, bias);
-  auto out = want_z ? at::zeros({gates.size(0), c.k * most_ranks(lora_B, pages)}, x.options().dtype(at::kFloat)) : nothing(x);
+  int64_t most = pages.empty() ? 0 : 8 * pages[2].size(1);
+  for (const auto& b : lora_B) most = std::max(most, b.size(1));
+  auto out = want_z ? at::zeros({gates.size(0), c.k * most}, x.options().dtype(at::kFloat)) : nothing(x);
   const auto buffer = make({c.total}, x, at::kFloat);
   auto *z = buffer.data_ptr<float>(), *kept = want_z ? out.data_ptr<float>() : nullptr;
-  const auto width = want_z ? out.size(1) : 0;
-  for_parts(c, rows.n + N, [&](const Part& p) {
+  for_parts(c, rows.n + weight.size(0), [&](const Part& p) {
     project(c, p, rows, false, z + p.z(c));
     walk(c, p, [&](int64_t entry, int64_t, int64_t slice, float g, int64_t at, int64_t rank) {
-      if (kept) std::memcpy(kept + entry * width + slice * (width / c.k), z + at, rank * sizeof(float));
+      if (kept) std::memcpy(kept + (entry * c.k + slice) * most, z + at, rank * sizeof(float));
       for (int64_t r = 0; r < rank; r++) z[at + r] *= g;
     });
     spread(c, p, z + p.z(c), false, y, row);
@@ -170,9 +158,8 @@ std::optional<RoutedBackward> routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
   });
   std::vector<std::vector<int64_t>> tokens(E), places(E);   // of each pair: its tokens, and where their z lies
   for (const auto& s : c.segments) {
-    const Part whole{&s, s.start, s.stop};
     int64_t seen = 0;
-    walk(c, whole, [&](int64_t entry, int64_t slot, int64_t, float, int64_t at, int64_t) {
+    walk(c, Part{&s, s.start, s.stop}, [&](int64_t entry, int64_t slot, int64_t, float, int64_t at, int64_t) {
       const auto token = c.order[s.start + seen++ / (s.end - s.slots)];
       if (slot >= S) {
         tokens[slot - S].push_back(token), places[slot - S].push_back(at);
@@ -192,7 +179,7 @@ std::optional<RoutedBackward> routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
     };
     const auto grad = [&](const float* from, const Tensor& rows, const Tensor& adapter, bool last_is_rank) {
       if (m == 0 || r == 0) return at::zeros_like(adapter);
-      return products.outer({of(from), one}, rows_of(rows, tokens[e]), adapter, last_is_rank, {})[0];
+      return products.outer({of(from), one}, rows.index_select(0, at::tensor(tokens[e])), adapter, last_is_rank, {})[0];
     };
     if (need_A) dA.push_back(grad(t, x2, lora_A[e], false));
     if (need_B) dB.push_back(grad(zg, dy2, lora_B[e], true));

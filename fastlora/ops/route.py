@@ -76,16 +76,8 @@ class Route:
         self.slots, self.gates = torch.from_numpy(slots.astype(np.int32)).to(device), gates.to(device)
         self.order = torch.from_numpy(order).to(device)
         self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, 3)
-
-    @property
-    def tokens(self):
-        """T, how many tokens it is for."""
-        return len(self.order)
-
-    @property
-    def tensors(self):
-        """What the op takes beside the gates."""
-        return self.offsets, self.slots, self.order, self.tiles, self.plan
+        # how many tokens it is for, and what the op takes beside the gates
+        self.tokens, self.tensors = len(order), (self.offsets, self.slots, self.order, self.tiles, self.plan)
 
     def take(self, tokens):
         """The route of these tokens alone, in this order."""

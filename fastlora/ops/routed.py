@@ -168,8 +168,7 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale,
     for a, b in zip(lora_A, lora_B, strict=True):
         check.matrix("lora_B", b, out, None, x)
         check.matrix("lora_A", a, k * b.shape[1], n_in, x)
-    given = x.shape[:-1].numel()
-    check.value(tokens == given, "route", f"a route of {tokens} tokens", f"one of {given}, as x has")
+    check.value(tokens == flat(x).shape[0], "route", f"a route of {tokens} tokens", f"one of {len(flat(x))}, as x has")
     check.value(gates.device == x.device, "route", f"a route on {gates.device}", f"{x.device}, as x")
     check.floating("scaling", scaling)
     shape = tuple(scaling.shape)
@@ -177,19 +176,16 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale,
     check.value(len(column_scale) in (0, len(lora_A)), "column_scale", len(column_scale), f"{len(lora_A)}, as lora_A")
     for c in column_scale:
         check.value(tuple(c.shape) in ((out,), (0,)), "column_scale", f"shape {tuple(c.shape)}", f"({out},)")
+    if type(route[4]) is torch.Tensor:
+        # no fake one: it has numbers
+        most = max((slot for _, _, slots in _segments(route[4]) for slot in slots), default=-1)
+        slots = len(lora_A) + (pages[2].shape[0] if pages else 0)
+        check.value(most < slots, "route", f"slot {most}", f"slots below {slots}")
     if pages:
         A, B = pages[:2]
         fits = A.dim() == 4 and A.shape[1:] == (k, 8, n_in) and B.shape == (A.shape[0], 8, out)
-        got = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
-        check.value(fits, "pages", got, f"A (P, {k}, 8, {n_in}) and B (P, 8, {out})")
+        check.value(fits, "pages", f"A {tuple(A.shape)} and B {tuple(B.shape)}", f"(P, {k}, 8, in) and (P, 8, out)")
         check.value(A.device == x.device, "pages", f"pages on {A.device}", f"{x.device}, as x")
-
-
-def _check_slots(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
-    _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages)
-    most = max((slot for _, _, slots in _segments(route[4]) for slot in slots), default=-1)
-    slots = len(lora_A) + (pages[2].shape[0] if pages else 0)
-    check.value(most < slots, "route", f"slot {most}", f"slots below {slots}")
 
 
 def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
@@ -207,9 +203,9 @@ _REST = "Tensor[] route, Tensor gates, Tensor[] column_scale, int[] slices, Tens
 _ALL, _FORWARD, _BACKWARD = f"{_FIRST}, Tensor? bias, {_REST}", "lora_routed_forward", "lora_routed_backward"
 backends.register(_FORWARD, "reference", lora_routed_forward_reference)
 backends.register(_BACKWARD, "reference", lora_routed_backward_reference)
-lora_routed_op = define("lora_routed", _ALL, "Tensor", lambda *args: _forward_fake(*args)[0], _check_slots)
+lora_routed_op = define("lora_routed", _ALL, "Tensor", lambda *args: _forward_fake(*args)[0], _check)
 lora_routed_forward_op = define(
-    _FORWARD, _ALL, "(Tensor, Tensor)", _forward_fake, _check_slots, lora_routed_forward_reference
+    _FORWARD, _ALL, "(Tensor, Tensor)", _forward_fake, _check, lora_routed_forward_reference
 )
 define(
     _BACKWARD,

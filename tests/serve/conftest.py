@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-SERVER = Path(__file__).parents[2] / "examples" / "server"
-if "server" not in sys.modules:
+SERVING = Path(__file__).parents[2] / "examples" / "serving"
+if "serving" not in sys.modules:
     # examples/ itself is not put on the path: it has a lorahub.py
     spec = importlib.util.spec_from_file_location(
-        "server", SERVER / "__init__.py", submodule_search_locations=[str(SERVER)]
+        "serving", SERVING / "__init__.py", submodule_search_locations=[str(SERVING)]
     )
-    sys.modules["server"] = importlib.util.module_from_spec(spec)
+    sys.modules["serving"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["serving"])
 
 WEIGHTS = {"fr": 1, "de": 2, "it": 3}
 TEMPLATE = (
@@ -81,10 +82,9 @@ def serving(tiny):
     uvicorn = pytest.importorskip("uvicorn")
     import contextlib
 
-    from server.engine import Engine
-    from server.server import Server
-
-    from fastlora.serve import attach
+    from serving import attach
+    from serving.engine import Engine
+    from serving.server import Server
 
     @contextlib.contextmanager
     def start(names=WEIGHTS, adapters=8, cache_tokens=2048, most=256, **options):

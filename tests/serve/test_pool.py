@@ -4,11 +4,12 @@ import json
 import threading
 
 import pytest
+import serving as serve
 import torch
 from safetensors.torch import load_file, save_file
+from serving.pages import pages_for
 
-from fastlora import Route, lora_routed, serve
-from fastlora.serve.pages import pages_for
+from fastlora import Route, lora_routed
 
 
 @pytest.fixture

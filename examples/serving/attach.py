@@ -12,8 +12,8 @@ from fastlora.nn.linear import lora_class
 from fastlora.nn.switch import selection
 from fastlora.ops import check
 from fastlora.ops.routed import lora_routed_op
-from fastlora.serve.batch import Batch
-from fastlora.serve.pool import AdapterPool
+from serving.batch import Batch
+from serving.pool import AdapterPool
 
 # model -> (its pool, which refers to it, weakly; hooks)
 _attached = weakref.WeakKeyDictionary()

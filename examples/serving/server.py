@@ -14,11 +14,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from fastlora.serve.pool import PoolFull
-from server.engine import Stopped
-from server.metrics import Metrics
-from server.spec import Chat, Completion, Load, Refused, Unload, adapters_of, unknown
-from server.text import Text
+from serving.engine import Stopped
+from serving.metrics import Metrics
+from serving.pool import PoolFull
+from serving.spec import Chat, Completion, Load, Refused, Unload, adapters_of, unknown
+from serving.text import Text
 
 
 def refusal(status, message, kind="BadRequestError", param=None):

@@ -15,8 +15,8 @@ import transformers
 from packaging.version import Version
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from fastlora.serve.batch import Packed
-from fastlora.serve.pool import PoolFull
+from serving.batch import Packed
+from serving.pool import PoolFull
 
 SUPPORTED = ("5.20", "5.25")
 

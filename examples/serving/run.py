@@ -52,9 +52,9 @@ def serve(args, parser):
         import uvicorn
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from fastlora.serve import attach
-        from server.engine import Engine
-        from server.server import Server
+        from serving import attach
+        from serving.engine import Engine
+        from serving.server import Server
     except ImportError as error:
         parser.error(f"{error}: pip install --no-build-isolation '.[serve]'")
     start, name = time.perf_counter(), args.name or os.path.basename(os.path.normpath(args.model))
