@@ -69,6 +69,7 @@ def _whole(number):
 
 
 def _layers(model):
+    """(the layers with a rank, the largest r of them)"""
     layers = [model] if isinstance(model, LoRALayer) else list(lora_layers(model).values())
     # named tasks have no rank to choose
     own = layers and all(m.r and hasattr(m, "lora_A") for m in layers)
@@ -76,13 +77,12 @@ def _layers(model):
     for layer in layers:
         # raises where a part of r means nothing
         layer.narrow(layer.lora_A, layer.lora_B, 0, 1)
-    return layers
+    return layers, max(layer.r for layer in layers)
 
 
-def _set(layers, rank, frozen, new_step=False):
+def _set(layers, rank, frozen=False, new_step=False):
     most = max(layer.r for layer in layers)
-    valid = rank is None or _whole(rank) and 1 <= rank <= most
-    check.value(valid, "rank", repr(rank), f"an integer from 1 to {most}")
+    check.value(rank is None or _whole(rank) and 1 <= rank <= most, "rank", repr(rank), f"an integer from 1 to {most}")
     check.value(rank or not frozen, "frozen", frozen, "False where the rank is None")
     for layer in layers:
         layer.use_rank(rank and min(rank, layer.r), frozen)
@@ -113,7 +113,7 @@ class model_rank:
     """
 
     def __init__(self, model, k, frozen=False):
-        self.layers, self.given = _layers(model), (k, frozen)
+        (self.layers, self.most), self.given = _layers(model), (k, frozen)
         self.before = [(layer.rank, layer.frozen) for layer in self.layers]
         for layer in self.layers:
             # its backward is over; one of a block that has ended may still come, and must not find another rank
@@ -137,8 +137,7 @@ def sample(model, step, seed=0, frozen=False, distribution="uniform"):
     weights. The paper's recipe is `frozen`: component k alone trains, in train mode; see `hold_frozen_rows`. Raises
     ValueError for another distribution, TypeError for a step that is no integer.
     """
-    layers = _layers(model)
-    most = max(layer.r for layer in layers)
+    layers, most = _layers(model)
     weights = [1] * most if isinstance(distribution, str) and distribution == "uniform" else distribution
     listed = isinstance(weights, (list, tuple)) and len(weights) == most
     fits = listed and all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights) and sum(weights) > 0
@@ -155,8 +154,7 @@ def row_ranks(model, ranks):
     Layers see one batch row for each rank, or one for all; a layer whose r is lower uses all it has. Nothing is frozen
     in it. Raises ValueError for a rank outside 1 to r.
     """
-    layers = _layers(model)
-    most = max(layer.r for layer in layers)
+    layers, most = _layers(model)
     given = getattr(ranks, "tolist", lambda: ranks)()
     valid = isinstance(given, (list, tuple)) and given and all(_whole(k) and 1 <= k <= most for k in given)
     check.value(valid, "ranks", repr(given), f"a list of integers from 1 to {most}")
@@ -170,8 +168,8 @@ def truncate(model, k):
     """
     check.value(k is not None, "rank", k, "an integer")
     model = copy.deepcopy(model)
-    layers = _layers(model)
-    _set(layers, k, False, new_step=True)
+    layers, _ = _layers(model)
+    _set(layers, k, new_step=True)
     for layer in layers:
         pair = layer.narrow(layer.lora_A.detach(), layer.lora_B.detach(), 0, layer.rank)
         for name, old, new in zip(("lora_A", "lora_B"), (layer.lora_A, layer.lora_B), pair, strict=True):
@@ -193,10 +191,9 @@ def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
     """
     check.value(tolerance >= 0, "tolerance", tolerance, "a number of at least 0")
     values = {}
-    with model_rank(model, None):
-        layers = _layers(model)
-        for k in range(1, max(layer.r for layer in layers) + 1):
-            _set(layers, k, False)
+    with model_rank(model, None) as own:
+        for k in range(1, own.most + 1):
+            _set(own.layers, k)
             values[k] = fn(model)
     signed = {k: value if higher_is_better else -value for k, value in values.items() if not math.isnan(value)}
     check.value(signed, "fn", "NaN at every rank", "a number")
@@ -204,24 +201,21 @@ def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
     return RankReport(values, next(k for k, value in signed.items() if value >= best - tolerance))
 
 
-def hold_frozen_rows(optimizer):
+class hold_frozen_rows:
     """Make frozen mode exact: after each `optimizer.step()`, all but the live component are as they were before it.
 
     AdamW's decay and momentum move rows of zero gradient; this puts them back, those above k too, and their state, from
     a copy it keeps during a step. The live component is that of the rank at the end of `step()`. Returns a handle whose
     `remove()` ends it. Raises TypeError for optimizers whose state has no entry for each entry of a parameter.
     """
-    # accelerate's is a wrapper
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    refused = {cls.__name__ for cls in type(optimizer).__mro__} & {"Adafactor", "LBFGS", "Muon", "SparseAdam"}
-    fits = isinstance(optimizer, torch.optim.Optimizer) and not refused
-    expected = "one whose state has each parameter's shape, such as torch.optim.AdamW"
-    check.kind(fits, "optimizer", type(optimizer).__name__, expected)
-    return _Hold(optimizer)
 
-
-class _Hold:
     def __init__(self, optimizer):
+        # accelerate's is a wrapper
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        refused = {cls.__name__ for cls in type(optimizer).__mro__} & {"Adafactor", "LBFGS", "Muon", "SparseAdam"}
+        fits = isinstance(optimizer, torch.optim.Optimizer) and not refused
+        expected = "one whose state has each parameter's shape, such as torch.optim.AdamW"
+        check.kind(fits, "optimizer", type(optimizer).__name__, expected)
         self.optimizer, self.before, self.ids = optimizer, {}, frozenset()
         self.hooks = optimizer.register_step_pre_hook(self._copy), optimizer.register_step_post_hook(self._put_back)
         _holds.add(self)
@@ -238,14 +232,12 @@ class _Hold:
         return id(parameter) in self.ids
 
     def _copy(self, optimizer, args, kwargs):
-        # a step whose closure raised has left its copies
-        self.before = {}
         # a closure may set the rank
         may_change = len(args) > 1 or bool(kwargs)
         # a layer that `remove` made plain again has no rank
         ranked = [m for m in ranked_layers if isinstance(m, LoRALayer) and (m.frozen or may_change)]
-        for layer, parameter in ((m, p) for m in ranked for p in (m.lora_A, m.lora_B) if self.has(p)):
-            self.before[parameter] = layer, {key: t.clone() for key, t in _rowed(optimizer, parameter)}
+        held = [(p, m) for m in ranked for p in (m.lora_A, m.lora_B) if self.has(p)]
+        self.before = {p: (m, {key: t.clone() for key, t in _rowed(optimizer, p)}) for p, m in held}
 
     @torch.no_grad()
     def _put_back(self, optimizer, *_):

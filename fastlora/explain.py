@@ -26,12 +26,12 @@ class Explanation:
 
 
 def _reasons(op, args):
-    chosen, why = backends.walk(op, *args)[-1]
-    asked = backends.order(op, *args)
-    reasons = {name: backends.objection(op, name, *args) for name in backends.NAMES}
-    for name in (name for name, objection in reasons.items() if objection is None and name != chosen):
-        reasons[name] = f"it comes after {chosen}" if name in asked else backends.passed_over(name)
-    return (chosen if why is None else None), reasons
+    """(the back-end that runs the call, or None, {back-end: why it does not})"""
+    why, asked = {name: backends.objection(op, name, *args) for name in backends.NAMES}, backends.order(op, *args)
+    chosen = next((name for name in asked if why[name] is None), None)
+    for name in why.keys() - {chosen}:
+        why[name] = why[name] or (f"it comes after {chosen}" if name in asked else backends.passed_over(name))
+    return chosen, why
 
 
 class _Record(TorchDispatchMode):
