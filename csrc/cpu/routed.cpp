@@ -179,7 +179,10 @@ std::optional<RoutedBackward> routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
     };
     const auto grad = [&](const float* from, const Tensor& rows, const Tensor& adapter, bool last_is_rank) {
       if (m == 0 || r == 0) return at::zeros_like(adapter);
-      return products.outer({of(from), one}, rows.index_select(0, at::tensor(tokens[e])), adapter, last_is_rank, {})[0];
+      const auto& own = tokens[e];
+      const bool together = own.back() - own.front() == m - 1 && std::is_sorted(own.begin(), own.end());
+      const auto mine = together ? rows.narrow(0, own.front(), m) : rows.index_select(0, at::tensor(own));
+      return products.outer({of(from), one}, mine, adapter, last_is_rank, {})[0];
     };
     if (need_A) dA.push_back(grad(t, x2, lora_A[e], false));
     if (need_B) dB.push_back(grad(zg, dy2, lora_B[e], true));

@@ -112,6 +112,11 @@ def _config(model, layers, written, bias):
         "alpha_pattern": {keys[name]: alpha for name, (_, alpha) in ranks.items() if alpha != lora_alpha},
         "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         "bias": bias,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
     }
 
 

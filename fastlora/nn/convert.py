@@ -64,11 +64,6 @@ def dense_weight(module):
     return module.weight.t() if getattr(type(module), "lora_base", type(module)) in _transposed else module.weight
 
 
-def factor_shapes(module, r):
-    """The shapes of lora_A and lora_B for an adapter of rank r on this module, plain or not."""
-    return kind_of(module).adapter_shapes(module, r)
-
-
 def check_convertible(name, modules, r):
     """Raise ValueError unless the module of this name can have an adapter of rank r, or tasks (None)."""
     kind = kind_of(modules[name]) if name in modules else None
