@@ -59,8 +59,9 @@ class Arena:
         """Give a slot an adapter: lora_A (r, in), lora_B (out, r), DoRA's c − 1 (out) or None."""
         A, B, table, ranks, scales, columns, _ = self.pages
         r = len(lora_A)
-        mine = sorted(self.free)[: pages_for(r, column is not None)]
-        self.free = [page for page in self.free if page not in set(mine)]
+        self.free.sort()
+        count = pages_for(r, column is not None)
+        mine, self.free = self.free[:count], self.free[count:]
         row = self.host[slot]
         row[0], row[1] = r, -1
         if column is not None:
