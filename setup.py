@@ -1,7 +1,7 @@
 """Build of the package; everything that is not code is in pyproject.toml.
 
 `fastlora._C` is optional: without torch, without a compiler or after a failed build the package installs without it and
-says so. FASTLORA_REQUIRE_EXT=1 turns that into an error. kernels/triton is installed as fastlora.kernels.
+says so. FASTLORA_REQUIRE_EXT=1 turns that into an error.
 """
 
 import os
@@ -17,6 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 REQUIRED = os.environ.get("FASTLORA_REQUIRE_EXT") == "1"
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+# packages whose source lies elsewhere
+PLACES = {"fastlora.kernels": "kernels/triton", "fastlora.serve": "examples/serve"}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -110,8 +112,8 @@ class BuildExt(build_ext):
 ext = extension()
 TORCH_TAG = dict(ext.define_macros)["FASTLORA_TORCH_VERSION"].strip('"') if ext else "none"
 setup(
-    packages=[*find_packages(include=["fastlora", "fastlora.*"]), "fastlora.kernels"],
-    package_dir={"fastlora.kernels": "kernels/triton"},
+    packages=[*find_packages(include=["fastlora", "fastlora.*"]), *PLACES],
+    package_dir=PLACES,
     ext_modules=[ext] if ext else [],
     cmdclass={"build_ext": BuildExt},
 )

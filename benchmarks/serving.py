@@ -16,19 +16,17 @@ from pathlib import Path
 
 import peft
 import torch
+from fastlora.serve.batch import Batch
+from fastlora.serve.engine import Engine
+from fastlora.serve.pages import pages_for
 from torch import nn
 
+from fastlora import serve
 from fastlora.nn.switch import selected
 
 from . import machine, models
 from .cases import DTYPES
 from .clock import time_cpu
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-import serving as serve  # noqa: E402
-from serving.batch import Batch  # noqa: E402
-from serving.engine import Engine  # noqa: E402
-from serving.pages import pages_for  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SIZE, RANKS = 1024, (4, 8, 16, 32, 4, 8, 16, 32)

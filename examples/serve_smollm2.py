@@ -44,8 +44,7 @@ STYLES = {"pirate": "Arr, matey! {} Yo ho ho!", "butler": "Certainly, sir. {} Wi
 def main():
     if not (FOLDER / "butler" / "adapter_config.json").exists():
         make()
-    script = str(Path(__file__).with_name("serve.py"))
-    command = [sys.executable, script, "--model", str(FOLDER / "model"), "--name", "smollm2"]
+    command = [sys.executable, "-m", "fastlora", "serve", "--model", str(FOLDER / "model"), "--name", "smollm2"]
     for name in STYLES:
         command += ["--adapter", f"{name}={FOLDER / name}"]
     os.execv(sys.executable, [*command, *sys.argv[1:]])

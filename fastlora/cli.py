@@ -1,4 +1,4 @@
-"""`python -m fastlora info` says what runs here; `python -m fastlora build` compiles fastlora._C for this torch."""
+"""`python -m fastlora`: info says what runs here, build compiles fastlora._C for this torch, serve is a server."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ import torch
 
 import fastlora
 from fastlora import backends
+from fastlora.serve.run import add_arguments, serve
 
 DISTRIBUTION = "fastlora-kernels"
 
@@ -24,11 +25,13 @@ def main(argv=None):
     commands.add_parser("info", help="versions, and which back-ends this machine has")
     build = commands.add_parser("build", help="compile fastlora._C for the installed torch and install it")
     build.add_argument("source", nargs="?", type=Path, help="the source folder, where pip does not remember it")
+    server = commands.add_parser("serve", help="an OpenAI-compatible server for a model and its adapters")
+    add_arguments(server)
     args = parser.parse_args(argv)
     if args.command == "info":
         print("\n".join(f"{name:10} {value}" for name, value in info().items()))
         return 0
-    return build_extension(args.source)
+    return serve(args, server) if args.command == "serve" else build_extension(args.source)
 
 
 def info():

@@ -16,7 +16,7 @@ import fastlora
 from fastlora import backends, cli
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastlora", "kernels", "csrc")
+COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastlora", "kernels", "csrc", "examples/serve")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,8 @@ def without_torch(source, tmp_path_factory):
 def test_wheel_without_torch(without_torch):
     names = without_torch[1]
     assert {"fastlora/__init__.py", "fastlora/py.typed", "fastlora/kernels/linear.py"} <= set(names)
-    assert not [n for n in names if "/_C." in n or n.startswith(("tests", "benchmarks", "csrc", "kernels"))]
+    assert {"fastlora/serve/pool.py", "fastlora/serve/page.html"} <= set(names)
+    assert not [n for n in names if "/_C." in n or n.startswith(("tests", "benchmarks", "csrc", "kernels", "examples"))]
 
 
 def test_info_without_extension_names_the_build_command(without_torch, tmp_path):

@@ -1,24 +1,12 @@
 """A two-layer model, its byte-level tokenizer and real PEFT adapters, made once; a server in a thread."""
 
-import importlib.util
 import socket
-import sys
 import threading
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
-
-SERVING = Path(__file__).parents[2] / "examples" / "serving"
-if "serving" not in sys.modules:
-    # examples/ itself is not put on the path: it has a lorahub.py
-    spec = importlib.util.spec_from_file_location(
-        "serving", SERVING / "__init__.py", submodule_search_locations=[str(SERVING)]
-    )
-    sys.modules["serving"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["serving"])
 
 WEIGHTS = {"fr": 1, "de": 2, "it": 3}
 TEMPLATE = (
@@ -82,9 +70,9 @@ def serving(tiny):
     uvicorn = pytest.importorskip("uvicorn")
     import contextlib
 
-    from serving import attach
-    from serving.engine import Engine
-    from serving.server import Server
+    from fastlora.serve import attach
+    from fastlora.serve.engine import Engine
+    from fastlora.serve.server import Server
 
     @contextlib.contextmanager
     def start(names=WEIGHTS, adapters=8, cache_tokens=2048, most=256, **options):

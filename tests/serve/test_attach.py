@@ -4,13 +4,13 @@ import threading
 
 import peft
 import pytest
-import serving as serve
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastlora
+from fastlora import serve
 
 SPECS = ["fr", None, "it", "dora"]
 

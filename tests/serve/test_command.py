@@ -34,8 +34,8 @@ def test_the_readme_s_client_and_curl(serving, capsys):
 
 @pytest.mark.slow
 def test_the_command_serves_and_stops_when_told(tiny, tmp_path):
-    """`python examples/serve.py`, as a person starts it: help, summary, an answer, Ctrl-C."""
-    command = [sys.executable, str(Path(__file__).parents[2] / "examples" / "serve.py")]
+    """`python -m fastlora serve`, as a person starts it: help, summary, an answer, Ctrl-C."""
+    command = [sys.executable, "-m", "fastlora", "serve"]
     told = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--adapter NAME=PATH" in told and "127.0.0.1" in told
     with socket.socket() as free:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.20")
-from serving import PoolFull, attach  # noqa: E402
-from serving import engine as module  # noqa: E402
-from serving.engine import Engine, Stopped  # noqa: E402
+from fastlora.serve import PoolFull, attach  # noqa: E402
+from fastlora.serve import engine as module  # noqa: E402
+from fastlora.serve.engine import Engine, Stopped  # noqa: E402
 
 PROMPT = list(range(40, 90))
 

@@ -3,7 +3,7 @@
 import random
 
 import torch
-from serving.pages import ROWS, Arena, pages_for
+from fastlora.serve.pages import ROWS, Arena, pages_for
 from torch import nn
 
 from fastlora import Route, lora_routed

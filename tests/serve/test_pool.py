@@ -4,12 +4,11 @@ import json
 import threading
 
 import pytest
-import serving as serve
 import torch
+from fastlora.serve.pages import pages_for
 from safetensors.torch import load_file, save_file
-from serving.pages import pages_for
 
-from fastlora import Route, lora_routed
+from fastlora import Route, lora_routed, serve
 
 
 @pytest.fixture

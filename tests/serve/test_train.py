@@ -5,9 +5,10 @@ import threading
 import weakref
 
 import pytest
-import serving as serve
 import torch
 from torch import nn
+
+from fastlora import serve
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])

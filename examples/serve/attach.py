@@ -5,6 +5,8 @@ import functools
 import weakref
 
 import torch
+from fastlora.serve.batch import Batch
+from fastlora.serve.pool import AdapterPool
 
 from fastlora.nn.bank import Chooser
 from fastlora.nn.convert import change_class, check_convertible, dense_weight
@@ -12,8 +14,6 @@ from fastlora.nn.linear import lora_class
 from fastlora.nn.switch import selection
 from fastlora.ops import check
 from fastlora.ops.routed import lora_routed_op
-from serving.batch import Batch
-from serving.pool import AdapterPool
 
 # model -> (its pool, which refers to it, weakly; hooks)
 _attached = weakref.WeakKeyDictionary()

@@ -12,11 +12,10 @@ from collections import deque
 
 import torch
 import transformers
+from fastlora.serve.batch import Packed
+from fastlora.serve.pool import PoolFull
 from packaging.version import Version
 from transformers import ContinuousBatchingConfig, GenerationConfig
-
-from serving.batch import Packed
-from serving.pool import PoolFull
 
 SUPPORTED = ("5.20", "5.25")
 

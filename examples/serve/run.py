@@ -1,18 +1,9 @@
 """The command: load, say what is there, serve until told to stop."""
 
-import argparse
 import os
 import time
 
 import torch
-
-
-def main(argv=None):
-    """Serve until a signal; returns the exit status."""
-    about = "An OpenAI-compatible server for a model and its adapters."
-    parser = argparse.ArgumentParser(prog="python examples/serve.py", description=about)
-    add_arguments(parser)
-    return serve(parser.parse_args(argv), parser)
 
 
 def add_arguments(parser):
@@ -50,11 +41,10 @@ def serve(args, parser):
         parser.error("--adapter takes NAME=PATH")
     try:
         import uvicorn
+        from fastlora.serve import attach
+        from fastlora.serve.engine import Engine
+        from fastlora.serve.server import Server
         from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from serving import attach
-        from serving.engine import Engine
-        from serving.server import Server
     except ImportError as error:
         parser.error(f"{error}: pip install --no-build-isolation '.[serve]'")
     start, name = time.perf_counter(), args.name or os.path.basename(os.path.normpath(args.model))

@@ -6,14 +6,14 @@ import threading
 from dataclasses import dataclass, field
 
 import torch
+from fastlora.serve.pages import ROWS, Arena, pages_for
+from fastlora.serve.read import read
+from fastlora.serve.trained import Trained
 
 from fastlora.nn.convert import is_linear, kind_of
 from fastlora.nn.linear import DenseLoRA
 from fastlora.nn.switch import selected
 from fastlora.ops import check
-from serving.pages import ROWS, Arena, pages_for
-from serving.read import read
-from serving.trained import Trained
 
 # a pool of so many adapters has room for them at this rank, on every layer
 USUAL_RANK = 16

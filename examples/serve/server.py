@@ -12,13 +12,12 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from fastlora.serve.engine import Stopped
+from fastlora.serve.metrics import Metrics
+from fastlora.serve.pool import PoolFull
+from fastlora.serve.spec import Chat, Completion, Load, Refused, Unload, adapters_of, unknown
+from fastlora.serve.text import Text
 from starlette.exceptions import HTTPException
-
-from serving.engine import Stopped
-from serving.metrics import Metrics
-from serving.pool import PoolFull
-from serving.spec import Chat, Completion, Load, Refused, Unload, adapters_of, unknown
-from serving.text import Text
 
 
 def refusal(status, message, kind="BadRequestError", param=None):
