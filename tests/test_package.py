@@ -113,7 +113,7 @@ def test_info(capsys):
     assert lines["fastlora"].startswith(fastlora.__version__)
     assert lines["torch"].startswith(torch.__version__)
     assert lines["_C"] == f"built for torch {torch.__version__}"
-    assert lines["CPU"].split()[0] in ("portable", "avx2", "avx512", "avx512_bf16", "composed")
+    assert lines["CPU"].split()[0] in ("portable", "avx2", "avx512", "avx512_bf16", "amx", "composed")
     assert set(lines) == {"fastlora", "python", "torch", "_C", "CPU", "Triton", "CUDA"}
 
 

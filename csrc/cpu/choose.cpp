@@ -1,13 +1,16 @@
 // Which instruction set and which form: from what the CPU can do, the type and the shape, nothing else.
 #include "choose.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <stdexcept>
 
 namespace fastlora::cpu {
 namespace {
 
-const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 bool runs(Isa isa) {
 #if defined(__x86_64__)
@@ -19,6 +22,8 @@ bool runs(Isa isa) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     case kAvx512Bf16:
       return runs(kAvx512) && __builtin_cpu_supports("avx512bf16");
+    case kAmx:   // the kernel gives a process its tile registers on request (ARCH_REQ_XCOMP_PERM, XTILEDATA)
+      return runs(kAvx512Bf16) && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
     default:
       break;
   }
@@ -55,7 +60,6 @@ Cpu detect() {
   Cpu cpu{};
 #if defined(__x86_64__)
   cpu.intel = __builtin_cpu_is("intel");
-  cpu.amx = __builtin_cpu_supports("amx-bf16");
 #endif
   const char* pin = std::getenv("FASTLORA_CPU");
   const std::string name = pin ? pin : "";
@@ -69,14 +73,15 @@ Cpu detect() {
     if (kernels(Isa(i))) isa = Isa(i);
   }
   if (isa == kIsaCount)
-    throw std::runtime_error("FASTLORA_CPU=" + name + ": expected portable, avx2, avx512, avx512_bf16 or composed, " +
+    throw std::runtime_error("FASTLORA_CPU=" + name + ": expected portable, avx2, avx512, avx512_bf16, amx or composed, " +
                              (known ? "and this CPU or build lacks it" : "and this is none of them"));
-  bool dot = isa == kAvx512Bf16 && (cpu.pinned || fast_bf16());
-  Isa base = isa == kAvx512Bf16 ? kAvx512 : isa;
+  cpu.amx = isa == kAmx;
+  bool dot = cpu.amx || (isa == kAvx512Bf16 && (cpu.pinned || fast_bf16()));
+  Isa base = isa >= kAvx512Bf16 ? kAvx512 : isa;
   cpu.table[kFloat] = cpu.table[kHalf] = kernels(base);
   cpu.table[kBFloat16] = dot ? kernels(kAvx512Bf16) : kernels(base);
   cpu.dot_bf16 = dot;
-  cpu.isa = dot ? kAvx512Bf16 : base;
+  cpu.isa = dot ? isa : base;
   cpu.name = kNames[cpu.isa];
   return cpu;
 }
@@ -92,10 +97,14 @@ const Cpu& cpu() {
 // from what such kernels are known to reach there, not yet measured with these. Small M: dot and direct read w once, where
 // it lies. Large M: packed reaches torch's own GEMM, except where MKL is at its best (fp32 on Intel) and where w is large
 // and bf16: oneDNN packs it faster, the more so where w lies along n.
-// With tiles oneDNN's bf16 product is the faster one from M = 8 on (Emerald Rapids, 1024 x 1024; at M = 4 dot is).
+// With tiles w is read where it lies, which at M <= 64 takes 0.6 to 0.9 of oneDNN's time with an adapter of r = 16, and above
+// 0.9 to 1.4, against 1.1 to 1.6 of oneDNN's product and an update of ours (Emerald Rapids, 1024, 576 x 1536 and 4096 squared).
 Form choose(const Shape& s, const Cpu& cpu) {
   const bool dot_bf16 = s.type == kBFloat16 && cpu.dot_bf16;
-  if (s.type == kBFloat16 && cpu.amx && s.M >= 8 && !cpu.pinned) return kVendor;
+  if (s.type == kBFloat16 && cpu.amx && s.M > 1) {
+    if (s.w_along_k && !s.masked) return kTiles;
+    if (s.M >= 8) return kVendor;
+  }
   if (s.w_along_k && !s.masked && s.M <= (dot_bf16 ? 32 : 64)) return kDot;
   if (!s.w_along_k && s.M <= 4) return kDirect;
   if (s.type == kFloat && cpu.intel && s.M >= 128) return kVendor;
@@ -103,16 +112,20 @@ Form choose(const Shape& s, const Cpu& cpu) {
   return kPacked;
 }
 
+// a block of x, packed for tiles
+static int64_t tile_bytes(int64_t K) { return (K / (2 * kSteps) + 1) * kTileBlock * (kSteps + 2) * 4; }
+
 int64_t scratch_bytes(const Gemm& p) {
   int64_t factors = p.R * (kGroup + kRows + kTileRows) * 4, tiles = 16 * (p.R + kSteps + 16 + 2 * kGroup) * 4;
   int64_t w = (kSteps + 2) * kGroup * 4, sums = kRows * kGroup * 4, direct = 4 * (p.R + p.K + 1024 + kGroup + 64) * 4;
   int64_t padded = p.R + 16;
   int64_t dot = kDotRows * (padded + p.R + 2 * 8 * 16) * 4 + 8 * padded * 4 + (p.a ? p.R * (p.K + 32) * 2 : 0);
-  return factors + tiles + w + sums + direct + dot + 4096;
+  int64_t tiled = tile_bytes(p.K) + tile_bytes(padded + 16) + (6 * kTileBlock + 64) * (padded + 32) + 4096;
+  return factors + tiles + w + sums + direct + dot + (p.type == kBFloat16 ? tiled : 0) + 4096;
 }
 int64_t scratch_bytes(const Shrink& p) {
   int64_t copies = p.R * (p.K + 32) * 4 + p.adapters * (sizeof(Factor) + 64);
-  return kDotRows * 8 * 64 + copies + 16 * (p.K + 64) * 4 + 4096;
+  return kDotRows * 8 * 64 + copies + (p.tiles ? kTileBlock : 16) * (p.K + 64) * 4 + (p.tiles ? tile_bytes(p.K) : 0) + 8192;
 }
 int64_t scratch_bytes(const Outer& p) { return (64 * kGroup + (p.R + 16) * (kGroup + 64)) * 4 + 4096; }
 

@@ -12,7 +12,7 @@ struct Cpu {
   std::string name;
   bool dot_bf16;             // vdpbf16ps is worth using
   bool intel;                // MKL's sgemm reaches its peak there only
-  bool amx;                  // oneDNN's bf16 product runs on tiles, several times as fast as any vector form
+  bool amx;                  // products of bf16 run on tiles, several times as fast as in any vector form
   bool composed;             // FASTLORA_CPU=composed: no kernel of ours
   bool pinned;               // FASTLORA_CPU names an instruction set
 };

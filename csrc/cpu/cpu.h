@@ -67,6 +67,7 @@ struct Shrink {
   const Factor* a;
   Mask mask;
   float* z;
+  bool tiles;
 };
 
 // da[r, k] = sum_m t[m, r] g[m, r] D(x)[m, k], for each adapter; [K, rank] where it lies along_rank
@@ -107,13 +108,14 @@ struct Spread {
   const void* bias;
 };
 
-enum Form { kDot, kDirect, kPacked, kVendor };
+enum Form { kDot, kTiles, kDirect, kPacked, kVendor };
 
 constexpr int kGroup = 256;     // columns of w packed together: one read of an x tile serves them
 constexpr int kSteps = 512;     // most steps of the summed axis per block
 constexpr int kRows = 576;     // most rows of y per block of partial sums: a multiple of every row tile
 constexpr int kTileRows = 12;   // the tallest row tile
 constexpr int kDotRows = 64;    // rows of x per block of the dot form
+constexpr int kTileBlock = 128; // and of the tile form
 
 struct Kernels {
   void (*gemm)(const Gemm&, Form, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch);
@@ -124,7 +126,7 @@ struct Kernels {
   int tile_columns;   // n0 and n1 are multiples of it, except N itself
 };
 
-enum Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kIsaCount };
+enum Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kIsaCount };
 
 // null where the build lacks the instruction set
 const Kernels* portable();

@@ -9,6 +9,16 @@ INLINE void finish(const Gemm& p, int64_t m, int64_t n, vf v, int64_t count) {
 }
 INLINE float gate(const Gates& g, int64_t m, int64_t r) { return g.rows ? g.rows[m * g.stride + r] : g.scalar; }
 
+// All adapters' f at column n, in T's precision, as whole vectors: the next adapter, or row, overwrites the zeros beyond.
+template <class T, class Out>
+INLINE void factor_row(const Gemm& p, int64_t n, Out* out) {
+  for (int e = 0; e < p.adapters; out += p.f[e++].rank) {
+    const Factor& f = p.f[e];
+    for (int64_t r = 0; f.along_rank && r < f.rank; r += VL) store(out + r, factor_part<T>(f, n * f.ld + r, f.rank - r));
+    for (int64_t r = 0; !f.along_rank && r < f.rank; r++) store_upto(out + r, factor_part<T>(f, r * f.ld + n, 1), 1);
+  }
+}
+
 // dot form
 
 // The update of a tile: z g and b in fp32, their rows padded with zeros to whole vectors.
@@ -36,16 +46,7 @@ struct Update {
   INLINE void start(int64_t n) const {
     at = lone ? (const float*)p.f->data + n * p.f->ld : b;
     ld = lone ? p.f->ld : width;
-    for (int j = 0; j < NR && !lone; j++) {
-      float* out = b + j * width;
-      for (int e = 0; e < p.adapters; out += p.f[e++].rank) {
-        const Factor& f = p.f[e];
-        // whole vectors: the next adapter, or row, overwrites the zeros beyond the rank
-        for (int64_t r = 0; f.along_rank && r < f.rank; r += VL)
-          store(out + r, factor_part<T>(f, (n + j) * f.ld + r, f.rank - r));
-        for (int64_t r = 0; !f.along_rank && r < f.rank; r++) out[r] = factor_part<T>(f, r * f.ld + n + j, 1)[0];
-      }
-    }
+    for (int j = 0; j < NR && !lone; j++) factor_row<T>(p, n + j, b + j * width);
   }
   template <int MR, int NR>
   INLINE void operator()(int64_t m, int64_t n, vf (&acc)[MR][NR]) const {

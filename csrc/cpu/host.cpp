@@ -104,7 +104,9 @@ void run(Gemm p, const Tensor& x, const Tensor& w, Tensor out) {
   Form form = choose({p.type, p.M, p.N, p.K, p.R, p.w_along_k, p.mask.threshold != 0}, cpu());
   if (form == kVendor && (p.c || p.u)) form = kPacked;
   Tensor ahead;
-  if (p.a && (form != kDot || p.R * threads * 4 > p.N)) {
+  // each thread may compute all of z for itself: with more rows the others' waking is a smaller part
+  const int64_t worth = form == kTiles && p.M >= 64 ? 32 : 4;
+  if (p.a && (form > kTiles || p.R * threads * worth > p.N)) {
     if (!p.z_out) {
       ahead = make({p.M, p.R}, x, at::kFloat);
       p.z_out = ahead.data_ptr<float>();
@@ -124,8 +126,9 @@ void run(Gemm p, const Tensor& x, const Tensor& w, Tensor out) {
   at::addmm_out(y, y, flat(x), w.t(), started ? 1 : 0);
 }
 
-void run(const Shrink& p) {
+void run(Shrink p) {
   const auto* table = cpu().table[p.type];
+  p.tiles = p.type == kBFloat16 && cpu().amx && p.M >= 8;
   const int64_t chunk = chunk_of(p.M, threads_for(p.M * p.K * (p.R + 8 * (p.mask.threshold != 0))), 4);
   const int64_t bytes = scratch_bytes(p);
   parallel(divide_up(p.M, chunk), [&](int64_t t) {

@@ -51,7 +51,7 @@ Mask mask_of(double p, const MaybeTensor& seed, int64_t width);
 // computed on the way, or ahead of it where that is cheaper.
 void run(Gemm p, const Tensor& x, const Tensor& w, Tensor out);
 void run_update(const Gemm& p);   // without a base: y = add + D((z g) f)
-void run(const Shrink& p);
+void run(Shrink p);
 void run_dropout(const Rows& x, const Tensor& y, const Mask& mask);
 // Sets p.da and runs it: the adapters' gradients, in their shapes and dtypes.
 Tensors run(Outer p, TensorList adapters);

@@ -7,12 +7,18 @@ namespace {
 #include "dot.inc.h"
 #include "gemm.inc.h"
 #include "packed.inc.h"
+#ifdef DOT_BF16
+#include "tiles.inc.h"
+#endif
 #include "outer.inc.h"
 #include "spread.inc.h"
 
 template <class T>
 void gemm_of(const Gemm& p, Form form, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Scratch s) {
   if (form == kDot) return gemm_dot<T>(p, m0, m1, n0, n1, s);
+#ifdef DOT_BF16
+  if (form == kTiles) return gemm_tiles(p, m0, m1, n0, n1, s);
+#endif
   if (form == kDirect) {
     int64_t tail = n0;
     for (int64_t m = m0; m < m1; m += 4) tail = gemm_direct<T>(p, m, min(4, m1 - m), n0, n1, s);
@@ -35,7 +41,7 @@ void gemm(const Gemm& p, Form form, int64_t m0, int64_t m1, int64_t n0, int64_t 
 }
 template <class T>
 void shrink_of(const Shrink& p, int64_t m0, int64_t m1, Scratch s) {
-  constexpr int64_t block = 16;
+  const int64_t block = p.tiles ? kTileBlock : 16;
   int64_t ld = round_up(p.K, 32) + 32;
   T* kept_x = s.take<T>(p.mask.threshold ? block * ld : 0);
   Factor* a = s.take<Factor>(p.adapters);   // converted once for all blocks
@@ -49,8 +55,16 @@ void shrink_of(const Shrink& p, int64_t m0, int64_t m1, Scratch s) {
     for (int64_t i = 0; p.mask.threshold && i < rows; i++)
       keep_row(x + i * p.ldx, kept_x + i * ld, p.K, (m + i) * p.mask.width, p.mask, 1);
     bool masked = p.mask.threshold;
-    shrink_rows(masked ? kept_x : x, masked ? ld : p.ldx, rows, p.K, p.adapters, a, p.z + m * p.R, p.R,
-                masked ? p.mask.scale : 1, s);
+    const auto shrink = [&](auto f) {
+      f(masked ? kept_x : x, masked ? ld : p.ldx, rows, p.K, p.adapters, a, p.z + m * p.R, p.R, masked ? p.mask.scale : 1, s);
+    };
+#ifdef DOT_BF16
+    if (p.tiles) {
+      shrink(shrink_tiles);
+      continue;
+    }
+#endif
+    shrink(shrink_rows<T>);
   }
 }
 void shrink(const Shrink& p, int64_t m0, int64_t m1, char* scratch) {

@@ -14,7 +14,7 @@ PROBE = "import torch, fastlora; fastlora.lora_linear(*[torch.ones(s) for s in (
 
 
 @pytest.mark.skipif(backends.native()[0] is None, reason="fastlora._C is not built")
-@pytest.mark.parametrize("form", ["portable", "avx2", "avx512", "avx512_bf16", "composed"])
+@pytest.mark.parametrize("form", ["portable", "avx2", "avx512", "avx512_bf16", "amx", "composed"])
 def test_form(form):
     env = {**os.environ, "FASTLORA_CPU": form}
     probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=env)
