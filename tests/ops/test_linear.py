@@ -53,6 +53,9 @@ CASES = [
     Case((3, 130), 61, ranks=(5, 3), masters=True, p=0.2, gates=(3, 2)),
     Case((300, 130), 150, ranks=(8, 8, 8, 20, 0, 3), masters=True, scaling="vector"),
     Case((1, 64), 70, ranks=(8, 8, 8, 17, 1), bias=True, layout="transposed"),
+    # more than a block of rows, of steps along the sum and of rank rows
+    Case((150, 1100), 50, ranks=(40, 3), gates=(150, 2), bias=True, masters=True),
+    Case((18, 1030), 33, ranks=(1, 2, 1), column=True),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAMES = ("x", "weight", "lora_A", "lora_B", "scaling", "bias", "gates", "column_scale")
