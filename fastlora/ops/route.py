@@ -1,5 +1,6 @@
 """Which adapters each token uses: built once for a batch on the host, read by every layer."""
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +89,33 @@ class Route:
         at = np.arange(bounds[-1]) + np.repeat(offsets[tokens] - bounds[:-1], lengths)
         gates = self.gates[torch.from_numpy(at).to(self.gates.device)]
         return Route(bounds, slots[at], gates, self.order.device)
+
+    def with_room(self, entries, tiles):
+        """This route in buffers for so many entries and tiles: what a graph that was captured with it reads."""
+        room = copy.copy(self)
+        for name, n in (("offsets", None), ("order", None), ("slots", entries), ("gates", entries), ("tiles", tiles)):
+            t = getattr(self, name)
+            setattr(room, name, t.new_zeros(len(t) if n is None else n, *t.shape[1:]))
+        return room.copy_(self)
+
+    @torch.no_grad()
+    def copy_(self, other):
+        """Become `other`, a route of as many tokens, in place; it may have fewer entries and tiles. Returns self.
+
+        Raises ValueError where it does not fit in, before anything changes.
+        """
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in ("order", "slots", "tiles")}
+        fits = self.tokens == other.tokens and all(len(new) <= len(old) for old, new in pairs.values())
+        got = f"{other.tokens} tokens, {len(other.slots)} entries and {len(other.tiles)} tiles"
+        room = f"{self.tokens} tokens, up to {len(self.slots)} entries and {len(self.tiles)} tiles"
+        check.value(fits, "other", got, room)
+        # a tile of zeros is one without tokens
+        self.tiles.zero_()
+        for old, new in (*pairs.values(), (self.offsets, other.offsets), (self.gates, other.gates)):
+            old[: len(new)].copy_(new, non_blocking=True)
+        self.plan, self.base_only = other.plan, other.base_only
+        self.tensors = self.offsets, self.slots, self.order, self.tiles, self.plan
+        return self
 
 
 def _integers(name, given, least=0):

@@ -167,11 +167,10 @@ def test_padding():
     assert torch.equal(y[21:].cpu(), base[21:])
     route = c.route
     offsets, slots, order, tiles, plan = route.tensors
-    tiles = torch.cat([tiles, torch.zeros(3, 3, dtype=torch.int32)])
-    route.tensors = offsets, slots, order, tiles, plan
+    c.route = route = route.with_room(len(slots), len(tiles) + 3)
     padded_y, padded_z = launch(c)
     assert torch.equal(padded_y, y) and torch.equal(padded_z, z)
-    route.tensors = offsets, torch.where(slots == 0, -1, slots), order, tiles, plan
+    route.tensors = offsets, torch.where(slots == 0, -1, slots), order, route.tiles, plan
     c.pages = c.pages._replace(**{name: getattr(c.pages, name)[:5] for name in ("table", "ranks", "scales", "columns")})
     y, z = launch(c)
     unknown = torch.arange(21) % 3 < 2

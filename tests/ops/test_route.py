@@ -20,6 +20,25 @@ def test_route():
     assert Route.from_lists([[], []]).base_only
 
 
+def test_a_route_is_rewritten_where_it_lies():
+    first = Route.from_lists([[(0, 0.5)], [], [(2, 1.0), (0, 2.0)], [(0, 3.0)]])
+    second = Route.from_lists([[(1, 4.0)], [(1, 5.0)], [], []])
+    x, weight = torch.randn(4, 6), torch.randn(8, 6)
+    A, B = [torch.randn(2, 6) for _ in range(3)], [torch.randn(8, 2) for _ in range(3)]
+    room = first.with_room(6, 5)
+    places = [t.data_ptr() for t in (*room.tensors[:4], room.gates)]
+    for route in (first, second, Route.from_lists([[]] * 4), first):
+        assert room.copy_(route) is room and room.base_only == route.base_only
+        assert torch.equal(lora_routed(x, weight, A, B, room), lora_routed(x, weight, A, B, route))
+        assert room.tiles[len(route.tiles) :].count_nonzero() == 0
+    assert places == [t.data_ptr() for t in (*room.tensors[:4], room.gates)]
+    before = [t.clone() for t in (*room.tensors, room.gates)]
+    for other in (Route.from_lists([[(0, 1.0)] * 7, [], [], []]), Route.from_lists([[(0, 1.0)]])):
+        with pytest.raises(ValueError, match="fastlora: other: got .*, expected 4 tokens, up to 6 entries and 5 tiles"):
+            room.copy_(other)
+    assert all(map(torch.equal, before, (*room.tensors, room.gates)))
+
+
 @pytest.mark.parametrize(
     "make, name",
     [
