@@ -1,7 +1,6 @@
 // Calls through torch's dispatcher, the switch that sends an op to a back-end written in Python, and what the autograd
 // formulas share.
 #pragma once
-#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/FunctionsManual.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -86,19 +85,5 @@ variable_list flatten(const std::tuple<Grads...>& grads, const Needs& needs, siz
   out.resize(out.size() + others);
   return out;
 }
-
-template <at::DeviceType device>
-struct Autocast {
-  c10::impl::ExcludeDispatchKeyGuard off{at::autocast::get_autocast_dispatch_key_from_device_type(device)};
-  at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-
-  Tensor operator()(const Tensor& t) const { return at::autocast::cached_cast(dtype, t, device); }
-  // float32 masters stay, which the kernels take; adapters in another half type follow the autocast dtype
-  Tensors operator()(TensorList adapters) const {
-    Tensors cast;
-    for (const auto& t : adapters) cast.push_back(t.scalar_type() == at::kFloat ? t : (*this)(t));
-    return cast;
-  }
-};
 
 }  // namespace fastlora

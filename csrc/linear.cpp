@@ -1,4 +1,4 @@
-// lora_linear: entry points, gradients, autocast.
+// lora_linear: entry points and gradients.
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
@@ -101,16 +101,5 @@ Tensor lora_linear_autograd(FASTLORA_LINEAR_ARGS) {
     return call_below_autograd<"fastlora::lora_linear", Op>(FASTLORA_LINEAR);
   return Function::apply(x, weight, lora_A, lora_B, scaling, bias, gates, column_scale, seed, ranks.vec(), dropout_p);
 }
-
-template <at::DeviceType device>
-Tensor lora_linear_autocast(FASTLORA_LINEAR_ARGS) {
-  const Autocast<device> cast;
-  const auto cast_bias = bias ? MaybeTensor(cast(*bias)) : bias;
-  return call<"fastlora::lora_linear", Op>(cast(x), cast(weight), cast(lora_A), cast(lora_B), scaling, cast_bias, gates,
-                                           ranks, column_scale, dropout_p, seed);
-}
-
-template Tensor lora_linear_autocast<at::kCPU>(FASTLORA_LINEAR_ARGS);
-template Tensor lora_linear_autocast<at::kCUDA>(FASTLORA_LINEAR_ARGS);
 
 }  // namespace fastlora

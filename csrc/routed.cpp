@@ -1,4 +1,4 @@
-// lora_routed: entry points, gradients, autocast. What our kernels do not take, the reference computes.
+// lora_routed: entry points and gradients. What our kernels do not take, the reference computes.
 #include "routed.h"
 
 #include "dispatch.h"
@@ -73,16 +73,5 @@ Tensor lora_routed_autograd(FASTLORA_ROUTED_ARGS) {
   return Function::apply(x, weight, lora_A, lora_B, scaling, bias, gates, route.vec(), column_scale.vec(), pages.vec(),
                          slices.vec());
 }
-
-template <at::DeviceType device>
-Tensor lora_routed_autocast(FASTLORA_ROUTED_ARGS) {
-  const Autocast<device> cast;
-  const auto cast_bias = bias ? MaybeTensor(cast(*bias)) : bias;
-  return call<"fastlora::lora_routed", Op>(cast(x), cast(weight), cast(lora_A), cast(lora_B), scaling, cast_bias, route, gates,
-                                           column_scale, slices, pages);
-}
-
-template Tensor lora_routed_autocast<at::kCPU>(FASTLORA_ROUTED_ARGS);
-template Tensor lora_routed_autocast<at::kCUDA>(FASTLORA_ROUTED_ARGS);
 
 }  // namespace fastlora

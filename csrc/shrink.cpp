@@ -1,4 +1,4 @@
-// lora_shrink, lora_dropout and draw_seed: entry points, gradients, autocast.
+// lora_shrink, lora_dropout and draw_seed: entry points and gradients.
 #include <ATen/ops/randint.h>
 
 #include <limits>
@@ -54,15 +54,6 @@ Tensor lora_shrink_autograd(FASTLORA_SHRINK_ARGS) {
   if (!records(x, lora_A)) return call_below_autograd<"fastlora::lora_shrink", Op>(FASTLORA_SHRINK);
   return Function::apply(x, lora_A, dropout_p, seed);
 }
-
-template <at::DeviceType device>
-Tensor lora_shrink_autocast(FASTLORA_SHRINK_ARGS) {
-  const Autocast<device> cast;
-  return call<"fastlora::lora_shrink", Op>(cast(x), cast(lora_A), dropout_p, seed);
-}
-
-template Tensor lora_shrink_autocast<at::kCPU>(FASTLORA_SHRINK_ARGS);
-template Tensor lora_shrink_autocast<at::kCUDA>(FASTLORA_SHRINK_ARGS);
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed) {
   if (pinned_elsewhere) return call<"fastlora::lora_dropout", DropoutOp, "python">(x, dropout_p, seed);
