@@ -1,7 +1,6 @@
-// The Python module, and the only file that registers kernels.
+// The Python module, and the registration of all kernels.
 #include <ATen/autocast_mode.h>
 #include <pybind11/pybind11.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <memory>
@@ -22,17 +21,6 @@ void compute(torch::Library& m) {
   m.impl("lora_expand", lora_expand);
   m.impl("lora_expand_backward", lora_expand_backward);
   m.impl("draw_seed", draw_seed);
-}
-
-void autograd(torch::Library& m) {
-  m.impl("lora_linear", lora_linear_autograd);
-  m.impl("lora_shrink", lora_shrink_autograd);
-  m.impl("lora_expand", lora_expand_autograd);
-  m.impl("lora_routed", lora_routed_autograd);
-  // double backward raises by name instead of being silently wrong
-  for (auto op : {"lora_linear_forward", "lora_linear_backward", "lora_shrink_backward", "lora_expand_backward",
-                  "lora_routed_forward", "lora_routed_backward"})
-    m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }
 
 // x, weight and bias go to autocast's dtype. float32 masters stay, which the kernels take; adapters in another half type
@@ -75,7 +63,7 @@ void register_ops() {
   on_cpu.impl("lora_routed_forward", lora_routed_forward);
   on_cpu.impl("lora_routed_backward", lora_routed_backward);
   compute(library(DispatchKey::CUDA));
-  autograd(library(DispatchKey::Autograd));
+  register_autograd(library(DispatchKey::Autograd));
   auto &cpu_cast = library(DispatchKey::AutocastCPU), &cuda_cast = library(DispatchKey::AutocastCUDA);
   for (auto op : {"lora_linear", "lora_shrink", "lora_routed"}) {
     cpu_cast.impl(op, torch::CppFunction::makeFromBoxedFunction<&autocast<at::kCPU>>());
