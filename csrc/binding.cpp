@@ -1,6 +1,6 @@
-// The Python module, and the only file that registers kernels.
+// The Python module, and the registration of all kernels.
+#include <ATen/autocast_mode.h>
 #include <pybind11/pybind11.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <memory>
@@ -23,22 +23,28 @@ void compute(torch::Library& m) {
   m.impl("draw_seed", draw_seed);
 }
 
-void autograd(torch::Library& m) {
-  m.impl("lora_linear", lora_linear_autograd);
-  m.impl("lora_shrink", lora_shrink_autograd);
-  m.impl("lora_expand", lora_expand_autograd);
-  m.impl("lora_routed", lora_routed_autograd);
-  // double backward raises by name instead of being silently wrong
-  for (auto op : {"lora_linear_forward", "lora_linear_backward", "lora_shrink_backward", "lora_expand_backward",
-                  "lora_routed_forward", "lora_routed_backward"})
-    m.impl(op, torch::autograd::autogradNotImplementedFallback());
-}
-
+// x, weight and bias go to autocast's dtype. float32 masters stay, which the kernels take; adapters in another half type
+// follow.
 template <at::DeviceType device>
-void autocast(torch::Library& m) {
-  m.impl("lora_linear", lora_linear_autocast<device>);
-  m.impl("lora_shrink", lora_shrink_autocast<device>);
-  m.impl("lora_routed", lora_routed_autocast<device>);
+void autocast(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const c10::impl::ExcludeDispatchKeyGuard off(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const auto cast = [dtype = at::autocast::get_autocast_dtype(device)](const Tensor& t) {
+    return at::autocast::cached_cast(dtype, t, device);
+  };
+  const auto& arguments = op.schema().arguments();
+  auto value = stack->end() - arguments.size();
+  for (const auto& argument : arguments) {
+    const auto& name = argument.name();
+    if ((name == "x" || name == "weight" || name == "bias") && value->isTensor()) *value = cast(value->toTensor());
+    if (name == "lora_A" || name == "lora_B") {
+      auto adapters = value->toTensorVector();
+      for (auto& t : adapters)
+        if (t.scalar_type() != at::kFloat) t = cast(t);
+      *value = adapters;
+    }
+    value++;
+  }
+  op.callBoxed(stack);
 }
 
 // Called once, after the torch version was compared and the schemas are declared; static so that it lasts the process.
@@ -57,9 +63,12 @@ void register_ops() {
   on_cpu.impl("lora_routed_forward", lora_routed_forward);
   on_cpu.impl("lora_routed_backward", lora_routed_backward);
   compute(library(DispatchKey::CUDA));
-  autograd(library(DispatchKey::Autograd));
-  autocast<at::kCPU>(library(DispatchKey::AutocastCPU));
-  autocast<at::kCUDA>(library(DispatchKey::AutocastCUDA));
+  register_autograd(library(DispatchKey::Autograd));
+  auto &cpu_cast = library(DispatchKey::AutocastCPU), &cuda_cast = library(DispatchKey::AutocastCUDA);
+  for (auto op : {"lora_linear", "lora_shrink", "lora_routed"}) {
+    cpu_cast.impl(op, torch::CppFunction::makeFromBoxedFunction<&autocast<at::kCPU>>());
+    cuda_cast.impl(op, torch::CppFunction::makeFromBoxedFunction<&autocast<at::kCUDA>>());
+  }
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// lora_expand: entry points and gradients.
+// lora_expand: entry points.
 #include "dispatch.h"
 #include "ops.h"
 #include "products.h"
@@ -8,30 +8,6 @@ namespace {
 
 using Op = Tensor(FASTLORA_EXPAND_ARGS);
 using BackwardOp = ExpandBackward(FASTLORA_EXPAND_BACKWARD_ARGS);
-
-struct Function : torch::autograd::Function<Function> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& y, const Tensor& z, TensorList lora_B, const Tensor& scaling,
-                        const MaybeTensor& gates, const std::vector<int64_t>& ranks,
-                        const std::vector<int64_t>& columns) {
-    save(ctx, {z, scaling, gates.value_or(Tensor())}, {lora_B});
-    ctx->saved_data["ranks"] = ranks;
-    ctx->saved_data["columns"] = columns;
-    return call_below_autograd<"fastlora::lora_expand", Op>(FASTLORA_EXPAND);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
-    const auto saved = ctx->get_saved_variables();
-    const auto count = saved.size() - 3;
-    Edges edges{ctx, 1};
-    const std::array<bool, 4> needs{edges.need(), edges.need(count), edges.need(), edges.need(saved[2].defined())};
-    const auto grads = call<"fastlora::lora_expand_backward", BackwardOp>(
-        dys[0], saved[0], TensorList(saved).slice(3, count), saved[1], maybe(saved[2]),
-        ctx->saved_data["ranks"].toIntVector(), ctx->saved_data["columns"].toIntVector(), needs);
-    auto all = flatten(grads, needs, count, 2);
-    all.insert(all.begin(), ctx->needs_input_grad(0) ? dys[0] : Tensor());
-    return all;
-  }
-};
 
 std::tuple<int64_t, int64_t> start_and_count(const Tensor& y, IntArrayRef columns) {
   return columns.empty() ? std::tuple(int64_t{0}, y.size(-1)) : std::tuple(columns[0], columns[1] - columns[0]);
@@ -68,11 +44,6 @@ ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
       std::tie(dscaling, dgates) = gate_backward(t * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
   }
   return {dz, need_B ? use.outer(kept, dv, lora_B, true, {}) : Tensors(), dscaling, dgates};
-}
-
-Tensor lora_expand_autograd(FASTLORA_EXPAND_ARGS) {
-  if (!records(y, z, lora_B, scaling, gates)) return call_below_autograd<"fastlora::lora_expand", Op>(FASTLORA_EXPAND);
-  return Function::apply(y, z, lora_B, scaling, gates, ranks.vec(), columns.vec());
 }
 
 }  // namespace fastlora

@@ -1,4 +1,4 @@
-// lora_linear: entry points, gradients, autocast.
+// lora_linear: entry points.
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
@@ -21,37 +21,6 @@ LinearForward run(FASTLORA_LINEAR_ARGS, bool want_z) {
   auto y = use.product(p);
   return {y, z.z.defined() ? z.z : nothing(x), p.u.defined() ? p.u : nothing(x)};
 }
-
-struct Function : torch::autograd::Function<Function> {
-  // Order of the tensor arguments, which is that of the gradients.
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, TensorList lora_A, TensorList lora_B,
-                        const Tensor& scaling, const MaybeTensor& bias, const MaybeTensor& gates,
-                        const MaybeTensor& column_scale, const MaybeTensor& seed, const std::vector<int64_t>& ranks,
-                        double dropout_p) {
-    auto [y, z, u] = call_below_autograd<"fastlora::lora_linear_forward", ForwardOp>(
-        FASTLORA_LINEAR);
-    save(ctx, {x, weight, scaling, gates.value_or(Tensor()), column_scale.value_or(Tensor()), seed.value_or(Tensor()), z, u},
-         {lora_A, lora_B});
-    ctx->saved_data["ranks"] = ranks;
-    ctx->saved_data["dropout_p"] = dropout_p;
-    ctx->saved_data["has_bias"] = bias.has_value();
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
-    const auto saved = ctx->get_saved_variables();
-    const auto pairs = (saved.size() - 8) / 2;
-    const auto A = TensorList(saved).slice(8, pairs), B = TensorList(saved).slice(8 + pairs, pairs);
-    Edges edges{ctx};
-    const std::array<bool, 8> needs{edges.need(), edges.need(), edges.need(pairs), edges.need(pairs), edges.need(),
-                                    edges.need(ctx->saved_data["has_bias"].toBool()), edges.need(saved[3].defined()),
-                                    edges.need(saved[4].defined())};
-    const auto grads = call<"fastlora::lora_linear_backward", BackwardOp>(
-        dys[0], saved[0], saved[1], A, B, saved[2], maybe(saved[3]), ctx->saved_data["ranks"].toIntVector(), maybe(saved[4]),
-        ctx->saved_data["dropout_p"].toDouble(), maybe(saved[5]), saved[6], saved[7], needs);
-    return flatten(grads, needs, pairs, 3);
-  }
-};
 
 }  // namespace
 
@@ -95,22 +64,5 @@ LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
   if (need_column) dcolumn = (flat(dy).to(wide) * flat(u)).sum(0).to(column_scale->scalar_type());
   return {dx, dweight, dA, dB, dscaling, dbias, dgates, dcolumn};
 }
-
-Tensor lora_linear_autograd(FASTLORA_LINEAR_ARGS) {
-  if (!records(x, weight, lora_A, lora_B, scaling, bias, gates, column_scale))
-    return call_below_autograd<"fastlora::lora_linear", Op>(FASTLORA_LINEAR);
-  return Function::apply(x, weight, lora_A, lora_B, scaling, bias, gates, column_scale, seed, ranks.vec(), dropout_p);
-}
-
-template <at::DeviceType device>
-Tensor lora_linear_autocast(FASTLORA_LINEAR_ARGS) {
-  const Autocast<device> cast;
-  const auto cast_bias = bias ? MaybeTensor(cast(*bias)) : bias;
-  return call<"fastlora::lora_linear", Op>(cast(x), cast(weight), cast(lora_A), cast(lora_B), scaling, cast_bias, gates,
-                                           ranks, column_scale, dropout_p, seed);
-}
-
-template Tensor lora_linear_autocast<at::kCPU>(FASTLORA_LINEAR_ARGS);
-template Tensor lora_linear_autocast<at::kCUDA>(FASTLORA_LINEAR_ARGS);
 
 }  // namespace fastlora

@@ -1,5 +1,7 @@
-// The kernels that binding.cpp registers, one per op and dispatch key, and the checks of their arguments.
+// The kernels that binding.cpp and autograd.cpp register, one per op and dispatch key, and the checks of their arguments.
 #pragma once
+#include <torch/library.h>
+
 #include "routed.h"
 
 namespace fastlora {
@@ -7,29 +9,21 @@ namespace fastlora {
 Tensor lora_linear(FASTLORA_LINEAR_ARGS);
 LinearForward lora_linear_forward(FASTLORA_LINEAR_ARGS);
 LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS);
-Tensor lora_linear_autograd(FASTLORA_LINEAR_ARGS);
-template <at::DeviceType device>
-Tensor lora_linear_autocast(FASTLORA_LINEAR_ARGS);
 
 Tensor lora_shrink(FASTLORA_SHRINK_ARGS);
 ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS);
-Tensor lora_shrink_autograd(FASTLORA_SHRINK_ARGS);
-template <at::DeviceType device>
-Tensor lora_shrink_autocast(FASTLORA_SHRINK_ARGS);
 
 Tensor lora_expand(FASTLORA_EXPAND_ARGS);
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS);
-Tensor lora_expand_autograd(FASTLORA_EXPAND_ARGS);
 
 Tensor lora_routed(FASTLORA_ROUTED_ARGS);
 RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS);
 RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS);
-Tensor lora_routed_autograd(FASTLORA_ROUTED_ARGS);
-template <at::DeviceType device>
-Tensor lora_routed_autocast(FASTLORA_ROUTED_ARGS);
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed);
 Tensor draw_seed(const Tensor& x);
+
+void register_autograd(torch::Library& m);
 
 namespace check {
 

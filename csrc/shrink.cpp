@@ -1,4 +1,4 @@
-// lora_shrink, lora_dropout and draw_seed: entry points, gradients, autocast.
+// lora_shrink, lora_dropout and draw_seed: entry points.
 #include <ATen/ops/randint.h>
 
 #include <limits>
@@ -13,25 +13,6 @@ namespace {
 using Op = Tensor(FASTLORA_SHRINK_ARGS);
 using BackwardOp = ShrinkBackward(FASTLORA_SHRINK_BACKWARD_ARGS);
 using DropoutOp = Tensor(const Tensor&, double, const Tensor&);
-
-struct Function : torch::autograd::Function<Function> {
-  static Tensor forward(AutogradContext* ctx, FASTLORA_SHRINK_ARGS) {
-    save(ctx, {x, seed.value_or(Tensor())}, {lora_A});
-    ctx->saved_data["dropout_p"] = dropout_p;
-    return call_below_autograd<"fastlora::lora_shrink", Op>(FASTLORA_SHRINK);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& dzs) {
-    const auto saved = ctx->get_saved_variables();
-    const auto count = saved.size() - 2;
-    Edges edges{ctx};
-    const std::array<bool, 2> needs{edges.need(), edges.need(count)};
-    const auto grads = call<"fastlora::lora_shrink_backward", BackwardOp>(
-        dzs[0], saved[0], TensorList(saved).slice(2, count), ctx->saved_data["dropout_p"].toDouble(), maybe(saved[1]),
-        needs);
-    return flatten(grads, needs, count, 2);
-  }
-};
 
 }  // namespace
 
@@ -49,20 +30,6 @@ ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS) {
   Product p{x, x.size(-1), {}, {}, t, lora_A, false, {dropout_p, seed}};
   return {needs[0] ? use.product(p) : nothing(x), needs[1] ? use.outer(t, x, lora_A, false, p.dropout) : Tensors()};
 }
-
-Tensor lora_shrink_autograd(FASTLORA_SHRINK_ARGS) {
-  if (!records(x, lora_A)) return call_below_autograd<"fastlora::lora_shrink", Op>(FASTLORA_SHRINK);
-  return Function::apply(x, lora_A, dropout_p, seed);
-}
-
-template <at::DeviceType device>
-Tensor lora_shrink_autocast(FASTLORA_SHRINK_ARGS) {
-  const Autocast<device> cast;
-  return call<"fastlora::lora_shrink", Op>(cast(x), cast(lora_A), dropout_p, seed);
-}
-
-template Tensor lora_shrink_autocast<at::kCPU>(FASTLORA_SHRINK_ARGS);
-template Tensor lora_shrink_autocast<at::kCUDA>(FASTLORA_SHRINK_ARGS);
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed) {
   if (pinned_elsewhere) return call<"fastlora::lora_dropout", DropoutOp, "python">(x, dropout_p, seed);

@@ -74,7 +74,7 @@ def autocast_in_python(name, cast, adapters):
             dtype = torch.get_autocast_dtype(device)
             args = list(args)
             for i in adapters:
-                args[i] = [t if t.dtype == torch.float32 else t.to(dtype) for t in args[i]]
+                args[i] = [t.to(dtype) if t.dtype in (torch.bfloat16, torch.float16) else t for t in args[i]]
             for i in cast:
                 if args[i] is not None and args[i].is_floating_point() and args[i].dtype != torch.float64:
                     args[i] = args[i].to(dtype)
