@@ -134,7 +134,4 @@ const Kernels* avx2();
 const Kernels* avx512();
 const Kernels* avx512_bf16();   // bfloat16 only; the rest is avx512's
 
-// nanoseconds of n steps of vdpbf16ps and of fp32 FMA in independent chains
-void probe_bf16(int n, int64_t* dot, int64_t* fma);
-
 }  // namespace fastlora::cpu
