@@ -55,7 +55,7 @@ def _triton(op):
         return None, lambda *args: sentence
     if not hasattr(kernels, op):
         return None, lambda *args: f"there is no Triton kernel for {op}"
-    return getattr(kernels, op), getattr(kernels, f"{op}_objection", None)
+    return getattr(kernels, op), getattr(kernels, f"{op}_objection", kernels.objection)
 
 
 def _native(op):

@@ -30,6 +30,3 @@ def lora_dropout(x, dropout_p, seed):
     if count:
         tile.launch(_dropout_kernel, (cdiv(count, BLOCK),), x, x, y, *tile.dropout(dropout_p, seed), count, BLOCK=BLOCK)
     return y
-
-
-lora_dropout_objection = tile.objection

@@ -127,6 +127,3 @@ def lora_expand_backward(dy, z, lora_B, scaling, gates, ranks, columns, needs):
     db = tile.split(db_total, lora_B, 1) if need_b else []
     t = z if t is None else t.view(z.shape)
     return dz, db, *gate_backward(t, z, scaling, gates, ranks, need_scaling, need_gates)
-
-
-lora_expand_objection = lora_expand_backward_objection = tile.objection

@@ -52,6 +52,3 @@ def lora_linear_backward(
     t = z if t is None else t.view(z.shape)
     dscaling, dgates = gate_backward(t, z, scaling, gates, ranks, need_scaling, need_gates)
     return dx, dw, da, db, dscaling, dbias, dgates, dcolumn
-
-
-lora_linear_forward_objection = lora_linear_backward_objection = tile.objection

@@ -126,6 +126,3 @@ def lora_shrink_backward(dz, x, lora_A, dropout_p, seed, needs):
     if needs[1]:
         da = tile.split(shrink_backward(dz2, NONE, x2, dropout_p, seed), lora_A, 0)
     return dx, da
-
-
-lora_shrink_objection = lora_shrink_backward_objection = tile.objection

@@ -4,7 +4,7 @@ import harness
 import pytest
 import torch
 from exactness import assert_accurate, poison
-from fastlora.kernels import expand
+from fastlora.kernels import expand, tile
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 CASES = {
@@ -51,7 +51,7 @@ def test_expand(case, dtype):
         y, z, dy = harness.strided(y), harness.strided(z), harness.strided(dy)
     y_, z_, B, scaling, gates, dy_ = map(harness.to_device, (y, z, call.lora_B, call.scaling, call.gates, dy))
     shared = (z_, B, scaling, gates, call.ranks, columns)
-    assert expand.lora_expand_objection(y_, *shared) is None
+    assert tile.objection(y_, *shared) is None
     before = y_.clone()
     needs = [True, True, True, gates is not None]
     with poison():

@@ -34,12 +34,12 @@ def run(call, needs=None):
     c = harness.SimpleNamespace(**{name: harness.to_device(value) for name, value in vars(call).items()})
     inputs, dropout = (c.x, c.weight, c.lora_A, c.lora_B, c.scaling), (c.column_scale, c.dropout_p, c.seed)
     forward = (*inputs, c.bias, c.gates, c.ranks, *dropout)
-    assert linear.lora_linear_forward_objection(*forward) is None
+    assert tile.objection(*forward) is None
     with poison():
         y, z, u = linear.lora_linear_forward(*forward)
     needs = needs or [getattr(call, ARGUMENT[f]) is not None for f in FIELDS]
     backward = (c.dy, *inputs, c.gates, c.ranks, *dropout, z, u, needs)
-    assert linear.lora_linear_backward_objection(*backward) is None
+    assert tile.objection(*backward) is None
     with poison():
         grads = linear.lora_linear_backward(*backward)
     return dict(y=y, z=z, u=u, **dict(zip(FIELDS, grads, strict=True)))

@@ -4,7 +4,7 @@ import harness
 import pytest
 import torch
 from exactness import assert_accurate, poison
-from fastlora.kernels import shrink
+from fastlora.kernels import shrink, tile
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 CASES = {
@@ -28,7 +28,7 @@ def test_shrink(case, dtype):
     call = harness.problem(N=1, dtype=dtype, **CASES[case])
     dz = torch.randn(*call.x.shape[:-1], sum(CASES[case]["ranks"]), generator=torch.Generator().manual_seed(1))
     x, lora_A, seed, dz_ = map(harness.to_device, (call.x, call.lora_A, call.seed, dz))
-    assert shrink.lora_shrink_objection(x, lora_A, call.dropout_p, seed) is None
+    assert tile.objection(x, lora_A, call.dropout_p, seed) is None
     with poison():
         z = shrink.lora_shrink(x, lora_A, call.dropout_p, seed)
         dx, dA = shrink.lora_shrink_backward(dz_, x, lora_A, call.dropout_p, seed, [True, True])

@@ -5,7 +5,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastlora.kernels import config, linear, tile
+from fastlora.kernels import config, tile
 
 
 def test_objections(monkeypatch):
@@ -21,7 +21,7 @@ def test_objections(monkeypatch):
     assert tile.objection(x) is None
     monkeypatch.setattr(tile, "INTERPRETED", False)
     x = x.cpu()
-    assert "GPU" in linear.lora_linear_forward_objection(x, x, [x], [x], scaling, None, None, [], None, 0.0, None)
+    assert "GPU" in tile.objection(x, x, [x], [x], scaling, None, None, [], None, 0.0, None)
 
 
 @pytest.mark.parametrize("arch,shared", [(80, 166912), (86, 101376), (90, 232448), (100, 232448), (120, 101376)])
