@@ -29,7 +29,7 @@ class Routed(Chooser):
         if batch == () or batch.base_only:
             return super().forward(x)
         route, given = batch.for_layer(x), self.arena
-        own = given.own_of(batch.used)
+        own = given.own_of(batch.pairs(given.slots))
         return lora_routed_op(x, dense_weight(self), *own, self.bias, route.tensors, route.gates, (), (), given.tensors)
 
 

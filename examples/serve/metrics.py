@@ -26,7 +26,7 @@ class Metrics:
             ("vllm:num_requests_waiting", "Requests that wait for adapters", lambda: engine.counts()[1]),
             ("fastlora:adapters_loaded", "Adapters that can be asked for", lambda: len(pool.names())),
             ("fastlora:pool_pages_used", "Pages in use on the device", pool.used_pages),
-            ("fastlora:pool_pages", "Pages on the device", lambda: pool.pages * len(pool.layers)),
+            ("fastlora:pool_pages", "Pages on the device", lambda: pool.page_count * len(pool.layers)),
             ("fastlora:pool_evictions_total", "Adapters that made room for others", lambda: pool.evictions),
         ):
             of(Gauge, title, help).set_function(read)

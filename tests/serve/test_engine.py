@@ -115,7 +115,7 @@ def test_a_replaced_adapter_shares_no_blocks_and_old_requests_keep_the_old_one(m
 
 def test_a_full_pool_makes_requests_wait_and_the_base_passes(make, truth):
     engine = make(adapters=1)
-    assert engine.pool.pages == 2
+    assert engine.pool.page_count == 2
     started = [start(engine, PROMPT, name, 24) for name in ("it", "fr", "de")]
     assert engine.counts()[1] >= 1
     assert len(collect(start(engine, PROMPT, None))[0]) == 8
