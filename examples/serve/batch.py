@@ -5,28 +5,16 @@ import numpy as np
 from fastlora.ops import Route, check
 
 
-class Step:
-    """Of a batch's `lists` of (slot, weight), what every layer asks and none changes."""
-
-    _pairs = None
-
-    def pairs(self, slots):
-        """Which adapters that are trained it uses, counted from 0: their slots come after those in pages."""
-        if self._pairs is None:
-            self._pairs = frozenset(slot - slots for entries in self.lists for slot, _ in entries if slot >= slots)
-        return self._pairs
-
-
-class Batch(Step):
+class Batch:
     """Rows of a batch, each with its list of (slot, weight); x is (rows · n, tokens, …), n beams or copies of each row.
 
     What an attention mask leaves out is the base's alone. A layer that sees only the last tokens of each row, as an
-    output layer does, gets their route.
+    output layer does, gets their route. `AdapterPool.running` sets `pairs`: which adapters that are trained it uses.
     """
 
     def __init__(self, lists, device):
         self.lists, self.device, self.shape, self._mask, self._routes = lists, device, (), None, {}
-        self.base_only = not any(lists)
+        self.base_only, self.pairs = not any(lists), frozenset()
 
     def look_at(self, mask):
         """Heed an attention mask (rows, tokens) from now on; None: every token is one."""
@@ -57,7 +45,7 @@ class Batch(Step):
         return Route.from_rows(self.lists, index, self.device)
 
 
-class Packed(Step):
+class Packed:
     """A step of continuous batching: all tokens in one row, token t of request rows[t], −1 for padding.
 
     A layer that sees other than all tokens, an output layer, sees those at `kept`.
@@ -65,7 +53,8 @@ class Packed(Step):
 
     def __init__(self, lists, rows, device, kept=()):
         self.route = Route.from_rows(lists, rows, device)
-        self.lists, self.base_only, self.kept, self._last = lists, self.route.base_only, kept, None
+        self.lists, self.kept, self._last = lists, kept, None
+        self.base_only, self.pairs = self.route.base_only, frozenset()
 
     def for_layer(self, x):
         tokens = x.shape[:-1].numel()

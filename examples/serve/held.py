@@ -1,9 +1,41 @@
-"""What a pool keeps of an adapter, and what a request holds while it needs one."""
+"""What a pool keeps of an adapter, trained or not, and what a request holds while it needs some."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
+import torch
 from fastlora.serve.pages import pages_of
-from fastlora.serve.trained import Trained
+
+from fastlora.checkpoint.folder import write_adapter
+from fastlora.nn.bank import TaskAdapter
+from fastlora.nn.convert import dense_weight, kind_of
+from fastlora.nn.layer import check_adapter, identity
+
+
+class Trained:
+    """An adapter that owns its parameters: float32 lora_A (r, in) and lora_B (out, r) on each of {name: layer}."""
+
+    def __init__(self, layers, r, lora_alpha):
+        check_adapter(r, lora_alpha, 0.0, least=1)
+        self.adapters, self.transposed = {}, {}
+        for name, layer in layers.items():
+            adapter, weight = TaskAdapter(), dense_weight(layer)
+            out, inner = weight.shape
+            adapter.attach_factors(((r, inner), (out, r)), r, lora_alpha, torch.float32, weight.device)
+            kind_of(layer).init_adapter(layer, adapter.lora_A, adapter.lora_B)
+            adapter.set_scale(1.0)
+            self.adapters[name], self.transposed[name] = adapter, weight is not layer.weight
+
+    def parameters(self):
+        return [p for adapter in self.adapters.values() for p in adapter.parameters()]
+
+    def save(self, model, folder):
+        described = {
+            name: SimpleNamespace(kind="linear", r=a.r, lora_alpha=a.lora_alpha, lora_A=a.lora_A, lora_B=a.lora_B,
+                                  lora_dropout=identity, fan_in_fan_out=self.transposed[name])
+            for name, a in self.adapters.items()
+        }  # fmt: skip
+        write_adapter(model, described, folder)
 
 
 class PoolFull(RuntimeError):
@@ -26,14 +58,11 @@ class Held:
     ready: object = None
 
     def info(self):
-        """What it takes: `pages` over all layers, `ranks` that occur, `place` "device" or "host", whether pinned, …"""
-        if self.trained:
-            ranks, pages = {adapter.r for adapter in self.trained.adapters.values()}, 0
-        else:
-            ranks, pages = {len(p.lora_A) for p in self.pairs.values()}, sum(map(pages_of, self.pairs.values()))
-        place = "host" if self.slot is None else "device"
-        return {"ranks": sorted(ranks), "pages": pages, "place": place, "pinned": self.pinned, "leases": self.leases,
-                "trained": self.trained is not None}  # fmt: skip
+        own = self.trained.adapters.values() if self.trained else ()
+        ranks = {adapter.r for adapter in own} | {len(pair.lora_A) for pair in self.pairs.values()}
+        place, pages = "host" if self.slot is None else "device", sum(map(pages_of, self.pairs.values()))
+        said = {"ranks": sorted(ranks), "pages": pages, "place": place, "pinned": self.pinned, "leases": self.leases}
+        return {**said, "trained": self.trained is not None}
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ class Arena:
     def __init__(self, module, pages, slots, max_rank, dtype):
         self.module = module
         (out, inner), device = dense_weight(module).shape, module.weight.device
-        self.free, self.slots = list(range(pages)), slots
+        self.free = list(range(pages))
         A = torch.zeros(pages, 1, ROWS, inner, dtype=dtype, device=device)
         B = torch.zeros(pages, ROWS, out, dtype=dtype, device=device)
         # ranks, columns and pages, as `Pages.host` has them
@@ -39,8 +39,7 @@ class Arena:
         self.page_bytes = A[0].nbytes + B[0].nbytes
         # lora_A, lora_B and scaling of the pairs, replaced at once: forwards of other threads read them
         self.own = (), (), torch.ones(0, device=device)
-        self._narrowed = None, None, None
-        self._none = A.new_empty(0, inner), A.new_empty(out, 0)
+        self._none, self._narrowed = (A.new_empty(0, inner), A.new_empty(out, 0)), (None, None, None)
 
     def set_pair(self, e, adapter):
         """Make pair e this TaskAdapter's, or one of rank 0 (None)."""
@@ -53,10 +52,7 @@ class Arena:
         self._narrowed = None, None, None
 
     def own_of(self, used):
-        """`own`, with a pair of rank 0, so a gradient of None, for each that is not among the used: made once a batch.
-
-        `used` is a frozenset of numbers of pairs.
-        """
+        """`own`, with a pair of rank 0, so a gradient of None, for those not in the frozenset `used`: once a batch."""
         own, narrowed = self.own, self._narrowed
         if len(used) == len(own[0]):
             return own

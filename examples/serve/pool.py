@@ -5,10 +5,9 @@ import math
 import threading
 
 import torch
-from fastlora.serve.held import Held, Lease, PoolFull
+from fastlora.serve.held import Held, Lease, PoolFull, Trained
 from fastlora.serve.pages import ROWS, Arena, pages_of
 from fastlora.serve.read import read
-from fastlora.serve.trained import Trained
 
 from fastlora.nn.convert import is_linear, kind_of
 from fastlora.nn.linear import DenseLoRA
@@ -26,8 +25,7 @@ class AdapterPool:
     that many of rank 16 on every layer, `bytes` for as many as fit. Loaded adapters stay on the host; pages of idle
     ones are reused, the least recently used first. Thread-safe; `attach` makes the model use it. Without it, one layer:
     `lora_routed(x, weight, pool.pages(layer), None, route)`, whose slots and gates are a lease's `entries`.
-    Raises ValueError for a model without such layers and for sizes that hold nothing. Source: S-LoRA (Sheng et al.
-    2023, arXiv 2311.03285).
+    Raises ValueError for a model without such layers and for sizes that hold nothing. Source: S-LoRA, arXiv 2311.03285.
     """
 
     def __init__(self, model, *, adapters=64, bytes=None, dtype=None, max_rank=256):
@@ -105,12 +103,10 @@ class AdapterPool:
             return {name: held.info() for name, held in self._names.items()}
 
     def pages(self, layer):
-        """The `fastlora.Pages` of the layer of this name, which stay those through all loading; `page_count` of them.
+        """The `fastlora.Pages` of a layer, the same through all loading; trained adapters are not in them.
 
-        Adapters that are trained are not in them. Raises KeyError for a layer that the pool does not route.
+        Raises KeyError for the name of a layer that the pool does not route.
         """
-        if layer not in self.arenas:
-            raise KeyError(f"fastlora: layer: got {layer!r}, expected one of {list(self.arenas)}")
         return self.arenas[layer].pages
 
     def used_pages(self):
@@ -142,13 +138,14 @@ class AdapterPool:
                 for one in held:
                     one.leases -= 1
                 raise
-        for one in held:
-            if one.ready is not None:
-                torch.cuda.current_stream(self.device).wait_event(one.ready)
+        for one in (one for one in held if one.ready is not None):
+            torch.cuda.current_stream(self.device).wait_event(one.ready)
         return Lease(self, tuple(held), tuple(map(float, given.values())))
 
     def running(self, batch):
         """Context manager: this thread's forwards run this batch."""
+        used = (slot for entries in batch.lists for slot, _ in entries)
+        batch.pairs = frozenset(slot - self.slots for slot in used if slot >= self.slots)
         if self._stream and not torch.cuda.is_current_stream_capturing():
             # the thread that acquired may have waited for the copies in another stream
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
@@ -233,10 +230,6 @@ class AdapterPool:
             self._free.append(held.slot)
         held.slot = None
 
-    @staticmethod
-    def _idle(held):
-        return held.slot is not None and not (held.leases or held.pinned or held.trained)
-
     def _place(self, held):
         held.used = next(self._clock)
         if held.slot is not None:
@@ -244,7 +237,8 @@ class AdapterPool:
         need = {n: pages_of(pair) for n, pair in held.pairs.items()}
         free = {n: len(self.arenas[n].free) for n in need}
         slots, leaving = len(self._free), []
-        idle = iter(sorted((h for h in self._names.values() if self._idle(h)), key=lambda h: h.used))
+        idle = (h for h in self._names.values() if h.slot is not None and not (h.leases or h.pinned or h.trained))
+        idle = iter(sorted(idle, key=lambda h: h.used))
         while not slots or any(free[n] < pages for n, pages in need.items()):
             last = next(idle, None)
             if last is None:

@@ -103,8 +103,12 @@ def test_pairs_are_narrowed_once_a_batch(attached):
     arena = pool.arenas["lm_head"]
     assert arena.own_of(frozenset({0, 1})) is arena.own
     batches = [Batch([pool.acquire(name).entries], pool.device) for name in ("a", "a", "b", "fr")]
-    narrowed = [arena.own_of(batch.pairs(pool.slots)) for batch in batches]
-    assert batches[0].pairs(pool.slots) is batches[0].pairs(pool.slots) == frozenset({0})
+    for batch in batches:
+        with pool.running(batch):
+            pass
+    assert [batch.pairs for batch in batches] == [{0}, {0}, {1}, set()]
+    narrowed = [arena.own_of(batch.pairs) for batch in batches]
+    assert arena.own_of(batches[3].pairs) is narrowed[3] and arena.own_of(batches[0].pairs) is not narrowed[3]
     assert narrowed[0] is narrowed[1]
     assert [[len(A) for A in own[0]] for own in narrowed] == [[2, 0], [2, 0], [0, 2], [0, 0]]
     assert [[B.shape[1] for B in own[1]] for own in narrowed] == [[2, 0], [2, 0], [0, 2], [0, 0]]
