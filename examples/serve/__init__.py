@@ -2,8 +2,7 @@
 
 `attach` gives a model an `AdapterPool`; then `model.generate(..., adapters=["fr", None, {"a": 0.6, "b": 0.4}])`, and
 `with adapters(model, [...])` for a bare forward and for training. `engine` drives transformers' continuous batching
-with an adapter for each request, `server` is the HTTP interface, `run` the command
-`python -m fastlora serve`. Installed as fastlora.serve.
+with adapters for each request, `server` is the HTTP interface, `run` the command. Installed as fastlora.serve.
 """
 
 from fastlora.serve.attach import adapters, attach, detach

@@ -29,7 +29,7 @@ class Routed(Chooser):
         if batch == () or batch.base_only:
             return super().forward(x)
         route, given = batch.for_layer(x), self.arena
-        own = given.own_of(batch.used)
+        own = given.own_of(batch.pairs)
         return lora_routed_op(x, dense_weight(self), *own, self.bias, route.tensors, route.gates, (), (), given.tensors)
 
 
@@ -61,11 +61,10 @@ def detach(model):
     """Make an attached model plain again; its pool keeps its adapters."""
     check.value(model in _attached, "model", f"a {type(model).__name__} that is not attached", "one after serve.attach")
     pool, hooks = _attached.pop(model)
-    pool = pool()
     for hook in hooks:
         hook.remove()
     vars(model).pop("generate", None)
-    for layer in pool.layers.values():
+    for layer in pool().layers.values():
         for name in ("owner", "arena", "_chose", "_stack"):
             vars(layer).pop(name, None)
         change_class(layer, type(layer).lora_base)

@@ -5,20 +5,16 @@ import numpy as np
 from fastlora.ops import Route, check
 
 
-def slots_of(lists):
-    return {slot for entries in lists for slot, _ in entries}
-
-
 class Batch:
     """Rows of a batch, each with its list of (slot, weight); x is (rows · n, tokens, …), n beams or copies of each row.
 
     What an attention mask leaves out is the base's alone. A layer that sees only the last tokens of each row, as an
-    output layer does, gets their route.
+    output layer does, gets their route. `AdapterPool.running` sets `pairs`: which adapters that are trained it uses.
     """
 
     def __init__(self, lists, device):
         self.lists, self.device, self.shape, self._mask, self._routes = lists, device, (), None, {}
-        self.base_only, self.used = not any(lists), slots_of(lists)
+        self.base_only, self.pairs = not any(lists), frozenset()
 
     def look_at(self, mask):
         """Heed an attention mask (rows, tokens) from now on; None: every token is one."""
@@ -57,7 +53,8 @@ class Packed:
 
     def __init__(self, lists, rows, device, kept=()):
         self.route = Route.from_rows(lists, rows, device)
-        self.base_only, self.used, self.kept, self._last = self.route.base_only, slots_of(lists), kept, None
+        self.lists, self.kept, self._last = lists, kept, None
+        self.base_only, self.pairs = self.route.base_only, frozenset()
 
     def for_layer(self, x):
         tokens = x.shape[:-1].numel()

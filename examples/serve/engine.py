@@ -1,8 +1,7 @@
 """Continuous batching with adapters per request: transformers schedules and pages, this gives each token its route.
 
 The one file that touches transformers' private names, of the versions in SUPPORTED. It wraps, on the objects, where a
-step is packed, runs and samples, and where blocks of keys and values are looked up by their content: with another
-adapter they are other blocks.
+step is packed, runs and samples, and where blocks of keys and values are looked up: another adapter's are others.
 """
 
 import hashlib
@@ -14,6 +13,7 @@ import torch
 import transformers
 from fastlora.serve.batch import Packed
 from fastlora.serve.pool import PoolFull
+from fastlora.serve.sample import Draws
 from packaging.version import Version
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -25,26 +25,12 @@ class Stopped(RuntimeError):
 
 
 class Request:
-    """One prompt on its way, and how its tokens are drawn, whatever else is in the batch."""
+    """One prompt on its way; `draw` is its Draws."""
 
-    def __init__(self, name, spec, on_token, settings, generator, temperature=1.0, top_p=1.0, top_k=0):
-        self.id, self.spec, self.on_token, self.settings, self.generator = name, spec, on_token, settings, generator
-        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self.lease, self.seen, self.cancelled = None, 0, False
-
-    def draw(self, logits):
-        """One token (0-d) of logits (vocabulary,)."""
-        # below, they would overflow, and the likeliest has all of the probability
-        if self.temperature < 1e-4 or self.top_k == 1:
-            return logits.argmax()
-        logits, tokens = logits / self.temperature, None
-        if self.top_k > 0 or self.top_p < 1:
-            logits, tokens = logits.topk(min(self.top_k, len(logits)) if self.top_k > 0 else len(logits))
-        probabilities = logits.softmax(-1)
-        if self.top_p < 1:
-            probabilities = probabilities.masked_fill(probabilities.cumsum(-1) - probabilities >= self.top_p, 0)
-        drawn = torch.multinomial(probabilities, 1, generator=self.generator)[0]
-        return drawn if tokens is None else tokens[drawn]
+    def __init__(self, name, spec, on_token, settings, draw):
+        self.id, self.spec, self.on_token, self.settings, self.draw = name, spec, on_token, settings, draw
+        self.adapters = () if spec is None else tuple(spec) if isinstance(spec, dict) else (spec,)
+        self.lease, self.seen, self.cancelled, self.logprobs = None, 0, False, deque()
 
 
 class Engine:
@@ -65,7 +51,7 @@ class Engine:
         eos = model.generation_config.eos_token_id
         self.eos = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", cache_tokens)
-        self.longest = min(positions, cache_tokens - page)
+        self.longest, self.vocabulary = min(positions, cache_tokens - page), model.config.get_text_config().vocab_size
         self._requests, self._waiting, self._numbers = {}, deque(), itertools.count()
         self._lock, self._idle, self._closing = threading.RLock(), threading.Event(), False
         self._idle.set()
@@ -88,30 +74,51 @@ class Engine:
         """(requests that run, requests that wait for room in the pool)"""
         return len(self._requests) - len(self._waiting), len(self._waiting)
 
-    def submit(self, input_ids, spec, on_token, *, max_new_tokens, ignore_eos=False, seed=None, **sampling):
+    def adapters(self):
+        """[names of the adapters of the requests that run, of those of the requests that wait], sorted."""
+        with self._lock:
+            groups = [request for request in self._requests.values() if request.lease], self._waiting
+            return [sorted({name for request in group for name in request.adapters}) for group in groups]
+
+    def submit(self, input_ids, spec, on_token, **options):
         """Queue a prompt for None, an adapter's name or {name: weight}; returns its Request.
 
-        Sampling: temperature, top_p, top_k. `on_token(token, finish)` is called in the engine's thread for each new
-        token; finish is None, in the end "stop", "length" or an exception. Raises KeyError for an unknown adapter,
-        ValueError for a prompt without room, Stopped, PoolFull also where `most` run and wait.
+        Options: max_new_tokens, ignore_eos, seed, those of `Draws`. The engine's thread calls `on_token(token, finish)`
+        for each new token, with `logprobs` also their values and tokens; finish is None, in the end "stop", "length" or
+        an exception. Raises KeyError for an unknown adapter, ValueError for a token that the model does not know and a
+        prompt without room, Stopped, PoolFull also where `most` run and wait.
         """
-        if not input_ids or len(input_ids) + max_new_tokens > self.longest:
-            raise ValueError(f"{len(input_ids)} prompt tokens and {max_new_tokens} new ones: room for {self.longest}")
-        generator = torch.Generator(self.model.device)
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        settings = {"input_ids": input_ids, "max_new_tokens": max_new_tokens}
-        settings["eos_token_id"] = [] if ignore_eos else list(self.eos)
-        request = Request(f"fastlora-{next(self._numbers)}", spec, on_token, settings, generator, **sampling)
+        return self.submit_all([(input_ids, spec, on_token, options)])[0]
+
+    def submit_all(self, calls):
+        """`submit` for each (input_ids, spec, on_token, options), or for none of them where one is refused."""
+        requests = [self._request(*call[:3], **call[3]) for call in calls]
         with self._lock:
             if not self.alive:
                 raise Stopped("the engine is stopping or has died")
-            if len(self._requests) >= self.most:
-                raise PoolFull(f"{self.most} requests run and wait already")
-            self._requests[request.id] = request
+            if len(self._requests) + len(requests) > self.most:
+                raise PoolFull(f"{len(self._requests)} requests run and wait already, of {self.most} at most")
+            self._requests |= {request.id: request for request in requests}
             self._idle.clear()
-            self._waiting.append(request)
-            self._admit(request)
-        return request
+            self._waiting += requests
+            try:
+                self._admit(requests)
+            except Exception:
+                list(map(self.cancel, requests))
+                raise
+        return requests
+
+    def _request(self, ids, spec, on_token, *, max_new_tokens, ignore_eos=False, seed=None, **sampling):
+        if not ids or len(ids) + max_new_tokens > self.longest:
+            raise ValueError(f"{len(ids)} prompt tokens and {max_new_tokens} new ones: room for {self.longest}")
+        if (token := max([*ids, *(sampling.get("logit_bias") or ())])) >= self.vocabulary:
+            raise ValueError(f"token {token}, expected below {self.vocabulary}")
+        generator = torch.Generator(self.model.device)
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        settings = {"input_ids": list(ids), "max_new_tokens": max_new_tokens}
+        settings["eos_token_id"] = [] if ignore_eos else list(self.eos)
+        name, draws = f"fastlora-{next(self._numbers)}", Draws(ids, generator, **sampling)
+        return Request(name, spec, on_token, settings, draws)
 
     def cancel(self, request):
         """Stop a request; its adapters are free once the running step is over."""
@@ -129,8 +136,8 @@ class Engine:
         if self._manager.is_running():
             self._manager.stop(hard_stop=not self._idle.wait(timeout))
 
-    def _admit(self, newest=None):
-        """Give the waiting their adapters, in order; who needs none passes. `newest`'s errors are its caller's."""
+    def _admit(self, newest=()):
+        """Give the waiting their adapters, in order; who needs none passes. The caller gets errors of the `newest`."""
         with self._lock:
             for request in [r for r in self._waiting if r.spec is None] + [r for r in self._waiting if r.spec]:
                 try:
@@ -143,7 +150,7 @@ class Engine:
                     if isinstance(error, PoolFull) and self.counts()[0]:
                         return
                     self._forget(request)
-                    if request is newest:
+                    if request in newest:
                         raise
                     request.on_token(None, error)
 
@@ -170,10 +177,10 @@ class Engine:
             finish = "stop" if output.generated_tokens[-1] in request.settings["eos_token_id"] else "length"
         if finish is not None:
             self._forget(request)
-        if not request.cancelled:
-            for token in new[:-1]:
-                request.on_token(token, None)
-            request.on_token(new[-1] if new else None, finish)
+        for token in [] if request.cancelled else new or [None]:
+            logprobs = [part.tolist() for part in request.logprobs.popleft()] if request.logprobs else ()
+            new = new[1:]
+            request.on_token(token, None if new else finish, *logprobs)
         if finish is not None:
             self._admit()
 
@@ -201,14 +208,23 @@ class Engine:
 
         def sample(scores, output_ids):
             for i, request in enumerate(now[1]):
-                output_ids[0, i] = request.draw(scores[0, i])
+                output_ids[0, i], logprobs = request.draw(scores[0, i])
+                if logprobs is not None:
+                    request.logprobs.append(logprobs)
 
         def clear_cancelled_requests():
+            # some cancellations were read before their requests were
+            known = scheduler.active_requests.keys() | scheduler.waiting_requests
+            for request in list(self._requests.values()):
+                if request.cancelled and request.id in known:
+                    scheduler.set_request_cancellation(request.id)
             states = clear()
             # no step runs now that could still read their adapters
             for state in states:
                 self._forget(self._requests[state.request_id])
             if states:
+                # else who was put back for want of blocks would wait for a request that ends by itself
+                scheduler.block_new_requests = False
                 self._admit()
             return states
 

@@ -13,6 +13,11 @@ def pages_for(rank, dora):
     return -(-rank // ROWS) + dora
 
 
+def pages_of(pair):
+    """The same for a Pair."""
+    return pages_for(len(pair.lora_A), pair.column is not None)
+
+
 class Arena:
     """A layer's pages, allocated once, and its tables, rewritten in place: what runs keeps its addresses."""
 
@@ -34,7 +39,7 @@ class Arena:
         self.page_bytes = A[0].nbytes + B[0].nbytes
         # lora_A, lora_B and scaling of the pairs, replaced at once: forwards of other threads read them
         self.own = (), (), torch.ones(0, device=device)
-        self._none = A.new_empty(0, inner), A.new_empty(out, 0)
+        self._none, self._narrowed = (A.new_empty(0, inner), A.new_empty(out, 0)), (None, None, None)
 
     def set_pair(self, e, adapter):
         """Make pair e this TaskAdapter's, or one of rank 0 (None)."""
@@ -44,16 +49,19 @@ class Arena:
         A, B, scales = self.own
         scales = torch.cat([scales[:e], scale.view(1), scales[e + 1 :]])
         self.own = (*A[:e], a, *A[e + 1 :]), (*B[:e], b, *B[e + 1 :]), scales
+        self._narrowed = None, None, None
 
     def own_of(self, used):
-        """`own`, with a pair of rank 0, so a gradient of None, for each that is not among the used slots."""
-        A, B, scales = self.own
-        kept = [len(self.host) + e in used for e in range(len(A))]
-        if all(kept):
-            return A, B, scales
-        a, b = self._none
-        kept_A = [t if keep else a for t, keep in zip(A, kept, strict=True)]
-        return kept_A, [t if keep else b for t, keep in zip(B, kept, strict=True)], scales
+        """`own`, with a pair of rank 0, so a gradient of None, for those not in the frozenset `used`: once a batch."""
+        own, narrowed = self.own, self._narrowed
+        if len(used) == len(own[0]):
+            return own
+        if narrowed[0] is not own or narrowed[1] != used:
+            (A, B, scales), (a, b) = own, self._none
+            A = tuple(t if e in used else a for e, t in enumerate(A))
+            B = tuple(t if e in used else b for e, t in enumerate(B))
+            self._narrowed = narrowed = own, used, (A, B, scales)
+        return narrowed[2]
 
     def write(self, slot, lora_A, lora_B, scale, column):
         """Give a slot an adapter: lora_A (r, in), lora_B (out, r), DoRA's c − 1 (out) or None."""

@@ -3,12 +3,11 @@
 import itertools
 import math
 import threading
-from dataclasses import dataclass, field
 
 import torch
-from fastlora.serve.pages import ROWS, Arena, pages_for
+from fastlora.serve.held import Held, Lease, PoolFull, Trained
+from fastlora.serve.pages import ROWS, Arena, pages_of
 from fastlora.serve.read import read
-from fastlora.serve.trained import Trained
 
 from fastlora.nn.convert import is_linear, kind_of
 from fastlora.nn.linear import DenseLoRA
@@ -19,56 +18,14 @@ from fastlora.ops import check
 USUAL_RANK = 16
 
 
-class PoolFull(RuntimeError):
-    """Every adapter that could leave is in use; try again when a lease has been released."""
-
-
-@dataclass(eq=False)
-class Held:
-    """One adapter as it was loaded: replaced, it is another one."""
-
-    name: str
-    generation: int
-    pairs: dict
-    trained: Trained | None = None
-    slot: int | None = None
-    leases: int = 0
-    pinned: bool = False
-    gone: bool = False
-    used: int = 0
-    ready: object = None
-
-
-@dataclass(eq=False)
-class Lease:
-    """A request's adapters, which stay as they are until `release`: `entries` of (slot, weight)."""
-
-    pool: object
-    held: tuple = ()
-    weights: tuple = ()
-    released: bool = field(default=False, repr=False)
-
-    @property
-    def entries(self):
-        return tuple((held.slot, weight) for held, weight in zip(self.held, self.weights, strict=True))
-
-    @property
-    def key(self):
-        """What keys and values computed under this lease depend on, besides the tokens."""
-        return tuple((held.generation, weight) for held, weight in zip(self.held, self.weights, strict=True))
-
-    def release(self):
-        self.pool._release(self)
-
-
 class AdapterPool:
     """Adapters by name for the dense linear layers of a model, on its device in pages of 8 rank rows.
 
     An adapter of rank r takes ⌈r / 8⌉ pages of each layer that it adapts, one more for DoRA. `adapters` makes room for
     that many of rank 16 on every layer, `bytes` for as many as fit. Loaded adapters stay on the host; pages of idle
-    ones are reused, the least recently used first. Thread-safe; `attach` makes the model use it.
-    Raises ValueError for a model without such layers and for sizes that hold nothing. Source: S-LoRA (Sheng et al.
-    2023, arXiv 2311.03285).
+    ones are reused, the least recently used first. Thread-safe; `attach` makes the model use it. Without it, one layer:
+    `lora_routed(x, weight, pool.pages(layer), None, route)`, whose slots and gates are a lease's `entries`.
+    Raises ValueError for a model without such layers and for sizes that hold nothing. Source: S-LoRA, arXiv 2311.03285.
     """
 
     def __init__(self, model, *, adapters=64, bytes=None, dtype=None, max_rank=256):
@@ -81,7 +38,7 @@ class AdapterPool:
         page = sum(sum(layer.weight.shape) * ROWS * self.dtype.itemsize for layer in self.layers.values())
         count = adapters * -(-USUAL_RANK // ROWS) if bytes is None else bytes // page
         check.value(count >= 1, "bytes" if bytes else "adapters", bytes or adapters, f"room for a page, {page} bytes")
-        self.pages, self.slots, self.evictions = count, count, 0
+        self.page_count, self.slots, self.evictions = count, count, 0
         self.arenas = {n: Arena(m, count, count, self.max_rank, self.dtype) for n, m in self.layers.items()}
         self._free, self._names, self._own = list(range(count)), {}, 0
         self._lock, self._clock, self._generations = threading.RLock(), itertools.count(1), itertools.count(1)
@@ -140,15 +97,27 @@ class AdapterPool:
         with self._lock:
             return list(self._names)
 
+    def info(self):
+        """{name: what it takes}: ranks, pages over all layers, place (device or host), pinned, leases, trained."""
+        with self._lock:
+            return {name: held.info() for name, held in self._names.items()}
+
+    def pages(self, layer):
+        """The `fastlora.Pages` of a layer, the same through all loading; trained adapters are not in them.
+
+        Raises KeyError for the name of a layer that the pool does not route.
+        """
+        return self.arenas[layer].pages
+
     def used_pages(self):
         """How many pages are in use, over all layers."""
         with self._lock:
-            return sum(self.pages - len(arena.free) for arena in self.arenas.values())
+            return sum(self.page_count - len(arena.free) for arena in self.arenas.values())
 
     def nbytes(self):
         """Bytes of the pages in use."""
         with self._lock:
-            return sum((self.pages - len(arena.free)) * arena.page_bytes for arena in self.arenas.values())
+            return sum((self.page_count - len(arena.free)) * arena.page_bytes for arena in self.arenas.values())
 
     def acquire(self, spec):
         """A Lease on an adapter's name, {name: weight} of several, or None for the base alone.
@@ -169,13 +138,14 @@ class AdapterPool:
                 for one in held:
                     one.leases -= 1
                 raise
-        for one in held:
-            if one.ready is not None:
-                torch.cuda.current_stream(self.device).wait_event(one.ready)
+        for one in (one for one in held if one.ready is not None):
+            torch.cuda.current_stream(self.device).wait_event(one.ready)
         return Lease(self, tuple(held), tuple(map(float, given.values())))
 
     def running(self, batch):
         """Context manager: this thread's forwards run this batch."""
+        used = (slot for entries in batch.lists for slot, _ in entries)
+        batch.pairs = frozenset(slot - self.slots for slot in used if slot >= self.slots)
         if self._stream and not torch.cuda.is_current_stream_capturing():
             # the thread that acquired may have waited for the copies in another stream
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
@@ -219,8 +189,10 @@ class AdapterPool:
 
     def _read(self, name, source, unsafe):
         pairs = read(self.model, self.layers, source, self.max_rank, self.dtype, unsafe)
-        most = max(pages_for(len(p.lora_A), p.column is not None) for p in pairs.values())
-        check.value(most <= self.pages, "source", f"{most} pages on a layer", f"at most the pool's {self.pages}")
+        most = max(map(pages_of, pairs.values()))
+        check.value(
+            most <= self.page_count, "source", f"{most} pages on a layer", f"at most the pool's {self.page_count}"
+        )
         if self._stream:
             pinned = {n: (p.lora_A.pin_memory(), p.lora_B.pin_memory()) for n, p in pairs.items()}
             pairs = {n: p._replace(lora_A=pinned[n][0], lora_B=pinned[n][1]) for n, p in pairs.items()}
@@ -258,18 +230,15 @@ class AdapterPool:
             self._free.append(held.slot)
         held.slot = None
 
-    @staticmethod
-    def _idle(held):
-        return held.slot is not None and not (held.leases or held.pinned or held.trained)
-
     def _place(self, held):
         held.used = next(self._clock)
         if held.slot is not None:
             return
-        need = {n: pages_for(len(p.lora_A), p.column is not None) for n, p in held.pairs.items()}
+        need = {n: pages_of(pair) for n, pair in held.pairs.items()}
         free = {n: len(self.arenas[n].free) for n in need}
         slots, leaving = len(self._free), []
-        idle = iter(sorted((h for h in self._names.values() if self._idle(h)), key=lambda h: h.used))
+        idle = (h for h in self._names.values() if h.slot is not None and not (h.leases or h.pinned or h.trained))
+        idle = iter(sorted(idle, key=lambda h: h.used))
         while not slots or any(free[n] < pages for n, pages in need.items()):
             last = next(idle, None)
             if last is None:
@@ -277,7 +246,7 @@ class AdapterPool:
             leaving.append(last)
             slots += 1
             for n in free.keys() & last.pairs:
-                free[n] += pages_for(len(last.pairs[n].lora_A), last.pairs[n].column is not None)
+                free[n] += pages_of(last.pairs[n])
         for last in leaving:
             self._take_back(last)
         self.evictions += len(leaving)

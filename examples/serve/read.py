@@ -30,8 +30,7 @@ def read(model, layers, source, max_rank, dtype, unsafe):
     for name, planned in plan.items():
         check.value(name in layers, name, "an adapter", f"one on a dense linear layer ({len(layers)} of them here)")
         check.value(planned.r <= max_rank, name, f"rank {planned.r}", f"at most max_rank = {max_rank}")
-        A, B, column = planned.lora_A.float(), planned.lora_B.float(), None
-        alpha = planned.lora_alpha
+        A, B, column, alpha = planned.lora_A.float(), planned.lora_B.float(), None, planned.lora_alpha
         known = isinstance(alpha, (int, float)) and abs(alpha) < 1e30
         check.value(known, name, f"lora_alpha {alpha!r:.20}", "a finite number")
         scale = float(alpha) / planned.r

@@ -58,8 +58,8 @@ def serve(args, parser):
         print(f"   adapter   {adapter}: {path}", flush=True)
         pool.load(adapter, path)
     limits = {"cache_tokens": args.cache_tokens, "batch_tokens": args.batch_tokens, "most": args.max_requests}
-    engine, guards = Engine(model, pool, **limits), {"api_key": args.api_key, "max_body": args.max_body}
-    server = Server(engine, tokenizer, name, adapter_root=args.adapter_root, **guards)
+    engine, root = Engine(model, pool, **limits), args.adapter_root
+    server = Server(engine, tokenizer, name, adapter_root=root, api_key=args.api_key, max_body=args.max_body)
     for title, value in {
         "model": f"{name}, {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype} on {model.device}",
         "pool": f"{args.adapters} adapters of rank 16, on {len(pool.layers)} layers",

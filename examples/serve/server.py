@@ -12,11 +12,12 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from fastlora.serve.answer import Answer
 from fastlora.serve.engine import Stopped
 from fastlora.serve.metrics import Metrics
 from fastlora.serve.pool import PoolFull
-from fastlora.serve.spec import Chat, Completion, Load, Refused, Unload, adapters_of, unknown
-from fastlora.serve.text import Text
+from fastlora.serve.spec import Chat, Completion, Load, Refused, Unload, unknown
+from fastlora.serve.text import Names
 from starlette.exceptions import HTTPException
 
 
@@ -33,7 +34,10 @@ def _invalid(request, error):
 
 
 class Guard:
-    """ASGI middleware: 401 under /v1 without `Authorization: Bearer <api_key>`, 413 for more than `max_body` bytes."""
+    """ASGI middleware: 401 under /v1 without `Authorization: Bearer <api_key>`, 413 for more than `max_body` bytes.
+
+    scope["closing"] is an ExitStack that is left however a call ends, its response begun or not.
+    """
 
     def __init__(self, app, api_key, max_body):
         self.app, self.max_body = app, max_body
@@ -53,7 +57,8 @@ class Guard:
                 raise HTTPException(413, f"the body has more than {self.max_body} bytes")
             return message
 
-        await self.app(scope, counted, send)
+        with contextlib.ExitStack() as scope["closing"]:
+            await self.app(scope, counted, send)
 
 
 class Server:
@@ -66,7 +71,7 @@ class Server:
         self.engine, self.pool, self.tokenizer, self.name = engine, engine.pool, tokenizer, name
         self.root = None if adapter_root is None else Path(adapter_root).resolve()
         self.started, self.streams, self.max_streams = int(time.time()), 0, max_streams
-        self.metrics = Metrics(engine, self.pool, name)
+        self.metrics, self.names = Metrics(engine, self.pool, name), Names(tokenizer)
         errors = {code: {"description": "OpenAI's body of an error"} for code in (400, 401, 404, 413, 429, 503)}
         self.app = app = FastAPI(title="fastlora", lifespan=self._lifespan, responses=errors)
         app.add_middleware(Guard, api_key=api_key, max_body=max_body)
@@ -74,6 +79,7 @@ class Server:
             (RequestValidationError, _invalid),
             (HTTPException, lambda _, e: refusal(e.status_code, str(e.detail))),
             (Refused, lambda _, e: refusal(*e.told)),
+            (PoolFull, lambda _, e: refusal(429, str(e), "RateLimitError")),
             (Stopped, lambda _, e: refusal(503, str(e), "ServiceUnavailableError")),
             (Exception, lambda _, e: refusal(500, "an error of the server", "InternalServerError")),
         ):
@@ -144,104 +150,49 @@ class Server:
         raise Refused(404, f"No adapter found for {path!r}", "NotFoundError", "lora_path")
 
     async def completions(self, body: Completion, request: Request):
-        prompt = body.prompt[0] if isinstance(body.prompt, list) and isinstance(body.prompt[0], str) else body.prompt
-        ids = self.tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else prompt
-        if max(ids, default=0) >= len(self.tokenizer):
-            raise Refused(400, f"prompt: token {max(ids)}, expected below {len(self.tokenizer)}", param="prompt")
-        limit = body.max_tokens or 16
-        return await self._answer(body, request, ids, limit, "text_completion", lambda text, _: {"text": text})
+        ids = [self.tokenizer(p, verbose=False)["input_ids"] if isinstance(p, str) else p for p in body.prompt]
+        return await self._answer(body, request, ids, body.max_tokens or 16, "text_completion", self.names.completion)
 
     async def chat(self, body: Chat, request: Request):
-        texts = [m.content if isinstance(m.content, str) else "".join(p.text for p in m.content) for m in body.messages]
-        said = [{"role": message.role, "content": text} for message, text in zip(body.messages, texts, strict=True)]
+        if body.top_logprobs and not body.logprobs:
+            raise Refused(400, "top_logprobs needs logprobs", param="top_logprobs")
+        said = [{"role": message.role, "content": message.content} for message in body.messages]
         try:
             ids = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # templates are programs of the model's authors, and raise what they like
             raise Refused(400, f"messages: the model's chat template: {error}", param="messages") from error
         limit = body.max_completion_tokens or body.max_tokens or max(self.engine.longest - len(ids), 1)
+        return await self._answer(body, request, [ids], limit, "chat.completion", self.names.chat)
 
-        def content(text, first):
-            role = {"role": "assistant"} if first else {}
-            return {"delta" if body.stream else "message": {**role, "content": text}}
-
-        return await self._answer(body, request, ids, limit, "chat.completion", content)
-
-    async def _answer(self, body, request, ids, limit, kind, content):
-        usage = {"prompt_tokens": len(ids), "completion_tokens": 0, "total_tokens": len(ids)}
-        pieces = self._pieces(request, body, usage, *self._submit(body, ids, limit))
-        chunk = ".chunk" if body.stream and kind.startswith("chat") else ""
+    async def _answer(self, body, request, prompts, limit, kind, log):
+        answer, chat = Answer(self, body, prompts, limit), kind.startswith("chat")
+        request.scope["closing"].callback(answer.close)
         head = {"id": f"fastlora-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
-        head["object"] = kind + chunk
+        head["object"] = kind + (".chunk" if body.stream and chat else "")
 
-        def reply(text, finish, first=True, **more):
-            choice = {"index": 0, "finish_reason": finish, "logprobs": None, **content(text, first)}
-            return {**head, "choices": [choice], **more}
+        def choice(number, text, finish, drawn, first=True):
+            message = {"role": "assistant", "content": text} if first else {"content": text}
+            said = {"delta" if body.stream else "message": message} if chat else {"text": text}
+            logprobs = None if body.tops is None else log(drawn)
+            return {"index": number, "finish_reason": finish, "logprobs": logprobs, **said}
 
         async def events():
-            first = True
-            async with contextlib.aclosing(pieces):
-                try:
-                    async for text, finish in pieces:
-                        if text or finish or first:
-                            yield f"data: {json.dumps(reply(text, finish, first))}\n\n"
-                            first = False
-                    if (body.stream_options or {}).get("include_usage"):
-                        yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\n"
-                except Stopped as error:
-                    yield f"data: {refusal(503, str(error), 'ServiceUnavailableError').body.decode()}\n\n"
+            begun = set()
+            try:
+                async for number, text, finish, drawn in answer.pieces(request):
+                    if text or finish or drawn or number not in begun:
+                        made = choice(number, text, finish, drawn, number not in begun)
+                        yield f"data: {json.dumps({**head, 'choices': [made]})}\n\n"
+                        begun.add(number)
+                if (body.stream_options or {}).get("include_usage"):
+                    yield f"data: {json.dumps({**head, 'choices': [], 'usage': answer.usage})}\n\n"
+            except Stopped as error:
+                yield f"data: {refusal(503, str(error), 'ServiceUnavailableError').body.decode()}\n\n"
             yield "data: [DONE]\n\n"
 
         if body.stream:
             return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        async with contextlib.aclosing(pieces):
-            parts = [piece async for piece in pieces]
-        return reply("".join(text for text, _ in parts), parts[-1][1] if parts else None, usage=usage)
-
-    def _submit(self, body, ids, limit):
-        """(the engine's request, the queue that its tokens come through)"""
-        loop, tokens = asyncio.get_running_loop(), asyncio.Queue()
-
-        def on_token(*event):
-            loop.call_soon_threadsafe(tokens.put_nowait, event)
-
-        spec = adapters_of(body.model, self.name, self.pool.names())
-        try:
-            if self.streams >= self.max_streams:
-                raise PoolFull(f"{self.max_streams} answers are under way already")
-            started = self.engine.submit(ids, spec, on_token, max_new_tokens=limit, **body.sampling())
-        except KeyError:
-            raise unknown(body.model) from None
-        except ValueError as error:
-            raise Refused(400, str(error), param="max_tokens") from None
-        except PoolFull as error:
-            raise Refused(429, str(error), "RateLimitError") from None
-        self.streams += 1
-        self.metrics.prompt_tokens.inc(len(ids))
-        return started, tokens
-
-    async def _pieces(self, request, body, usage, started, tokens):
-        """Yields (text, None or why it ended); a client that goes away cancels the request."""
-        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        text, finish, start = Text(self.tokenizer, stops), None, time.perf_counter()
-        try:
-            while finish is None:
-                try:
-                    token, finish = await asyncio.wait_for(tokens.get(), 0.5)
-                except TimeoutError:
-                    if await request.is_disconnected():
-                        return
-                    continue
-                if isinstance(finish, Exception):
-                    raise unknown(body.model) if isinstance(finish, KeyError) else Stopped(str(finish))
-                if not text.count:
-                    self.metrics.first.observe(time.perf_counter() - start)
-                piece = text.add(token, finish is not None)
-                finish = "stop" if text.stopped else finish
-                usage |= {"completion_tokens": text.count, "total_tokens": usage["prompt_tokens"] + text.count}
-                yield piece, finish
-        finally:
-            self.streams -= 1
-            self.engine.cancel(started)
-            self.metrics.generated.inc(text.count)
-            self.metrics.whole.observe(time.perf_counter() - start)
-            self.metrics.ended(finish if isinstance(finish, str) else "abort")
+        whole = {number: ("", None, []) for number in range(len(answer.texts))}
+        async for number, text, finish, drawn in answer.pieces(request):
+            whole[number] = whole[number][0] + text, finish, whole[number][2] + drawn
+        return {**head, "choices": [choice(number, *parts) for number, parts in whole.items()], "usage": answer.usage}

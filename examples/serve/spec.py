@@ -1,7 +1,7 @@
 """What a request says: its fields, and the adapters that its `model` names."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -53,8 +53,15 @@ Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
 Name = Annotated[Text, Field(min_length=1, max_length=1024)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-Zero = Annotated[float, Field(ge=0, le=0)] | None
+Several = Annotated[list[TypeVar("T")], Field(min_length=1)]
+Tokens = Several[Annotated[int, Field(ge=0, lt=2**31)]]
+Alone = AfterValidator(lambda one: [one])
+Penalty = Annotated[float, Field(ge=-2, le=2)] | None
+Logprobs = Annotated[int, Field(ge=0, le=20)] | None
+Bias = dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+Bias = Annotated[Bias, Field(max_length=1024), AfterValidator(lambda bias: {int(t): x for t, x in bias.items()})]
+DRAWS = ("ignore_eos", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+         "repetition_penalty", "logit_bias")  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -70,32 +77,35 @@ class Sampling(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Annotated[Stop, Alone] | Annotated[list[Stop], Field(max_length=4)] | None = None
     ignore_eos: bool = False
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
-    n: Literal[1] | None = None
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    frequency_penalty: Penalty = None
+    presence_penalty: Penalty = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    logit_bias: Bias | None = None
     # these change no answer
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
 
-    def sampling(self):
-        """What `Engine.submit` takes."""
-        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed")}
-        return {"ignore_eos": self.ignore_eos, **{name: value for name, value in given.items() if value is not None}}
+    def sampling(self, choice):
+        """What `Engine.submit` takes; each choice of a prompt has the next seed."""
+        given = {name: value for name in DRAWS if (value := getattr(self, name)) is not None}
+        return {**given, "logprobs": self.tops, "seed": None if self.seed is None else self.seed + choice}
 
 
 class Completion(Sampling):
-    prompt: Text | Tokens | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: Annotated[Text, Alone] | Annotated[Tokens, Alone] | Several[Text] | Several[Tokens]
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
-    logprobs: None = None
+    logprobs: Logprobs = None
     suffix: None = None
+    tops = property(lambda self: self.logprobs)
 
 
 class Part(Strict):
@@ -105,16 +115,18 @@ class Part(Strict):
 
 class Message(Strict):
     role: Name
-    content: Text | list[Part]
+    content: Text | Annotated[list[Part], AfterValidator(lambda parts: "".join(part.text for part in parts))]
     name: str | None = None
 
 
 class Chat(Sampling):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Several[Message]
     max_completion_tokens: Count | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tops = property(lambda self: self.top_logprobs or 0 if self.logprobs else None)
 
 
 class Load(Strict):

@@ -115,7 +115,7 @@ def test_a_replaced_adapter_shares_no_blocks_and_old_requests_keep_the_old_one(m
 
 def test_a_full_pool_makes_requests_wait_and_the_base_passes(make, truth):
     engine = make(adapters=1)
-    assert engine.pool.pages == 2
+    assert engine.pool.page_count == 2
     started = [start(engine, PROMPT, name, 24) for name in ("it", "fr", "de")]
     assert engine.counts()[1] >= 1
     assert len(collect(start(engine, PROMPT, None))[0]) == 8
@@ -196,3 +196,94 @@ def test_other_transformers_are_refused_in_a_sentence(engine, monkeypatch):
     monkeypatch.setattr(module.transformers, "__version__", "5.4.0")
     with pytest.raises(RuntimeError, match=r"transformers >=5.20,<5.25, not 5.4.0"):
         Engine(engine.model, engine.pool)
+
+
+def test_several_are_queued_or_none(make):
+    engine = make(most=3)
+    calls = [(PROMPT, "fr", lambda *event: None, {"max_new_tokens": 200, "ignore_eos": True}) for _ in range(2)]
+    engine.submit_all(calls)
+    assert engine.adapters() == [["fr"], []]
+    for bad in ((PROMPT, "klingon", print, {"max_new_tokens": 1}), ([], None, print, {"max_new_tokens": 1})):
+        with pytest.raises((KeyError, ValueError)):
+            engine.submit_all([bad])
+    with pytest.raises(PoolFull):
+        engine.submit_all(calls)
+    assert sum(engine.counts()) == 2
+    for request in list(engine._requests.values()):
+        engine.cancel(request)
+    assert settled(engine) and engine.pool.info()["fr"]["leases"] == 0
+
+
+def settled(engine, seconds=20):
+    deadline = time.monotonic() + seconds
+    while engine.counts() != (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return engine.counts() == (0, 0)
+
+
+def test_a_refusal_half_way_takes_back_the_others(make, monkeypatch):
+    engine, count = make(), iter(range(9))
+    add = engine._manager.add_request
+    monkeypatch.setattr(engine._manager, "add_request", lambda **kw: add(**kw) if next(count) < 2 else None)
+    told = []
+    options = {"max_new_tokens": 400, "ignore_eos": True}
+    with pytest.raises(Stopped):
+        engine.submit_all([(PROMPT, "fr", lambda *event: told.append(event), options)] * 4)
+    assert settled(engine, 3) and engine.pool.info()["fr"]["leases"] == 0 and not told
+
+
+def test_names_of_adapters_that_run_and_wait(make):
+    engine = make(adapters=1)
+    started = [start(engine, PROMPT, spec, 300) for spec in ("it", {"fr": 0.5, "de": 0.5}, None)]
+    assert engine.adapters() == [["it"], ["de", "fr"]]
+    for one in started:
+        engine.cancel(one[0])
+    assert settled(engine) and engine.adapters() == [[], []]
+
+
+def test_a_cancellation_before_its_request_is_known_is_kept(make, monkeypatch):
+    """The manager empties its queue of requests before its queue of cancellations: one may come in between."""
+    engine = make()
+    processor = engine._manager.batch_processor or None
+    deadline = time.monotonic() + 20
+    while processor is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        processor = engine._manager.batch_processor
+    late = []
+    put = engine._manager.input_queue.put
+    monkeypatch.setattr(engine._manager.input_queue, "put", lambda state, *rest, **kw: late.append(state))
+    one = start(engine, PROMPT, "fr", 450)
+    engine.cancel(one[0])
+    time.sleep(0.5)
+    put(late[0])
+    assert settled(engine) and one[0].seen < 200, "it is not run to its end"
+
+
+def test_a_cancelled_request_unblocks_those_put_back(make):
+    """For want of blocks the manager puts requests back until one ends; one that is cancelled ends too."""
+    engine = make()
+    one = start(engine, PROMPT, "fr", 450)
+    one[1].get(timeout=60)
+    engine._manager.batch_processor.scheduler.block_new_requests = True
+    other = start(engine, PROMPT, "de", 4)
+    engine.cancel(one[0])
+    assert len(collect(other)[0]) == 4
+
+
+def test_log_probabilities_come_with_their_tokens(engine):
+    def asked(**options):
+        tokens = queue.Queue()
+        options = {"ignore_eos": True, "temperature": 1.5, "seed": 3, **options}
+        engine.submit(PROMPT, "fr", lambda *event: tokens.put(event), max_new_tokens=8, **options)
+        return [tokens.get(timeout=60) for _ in range(8)]
+
+    plain, found = asked(), asked(logprobs=2)
+    assert [len(event) for event in plain] == [2] * 8 and [event[0] for event in found] == [event[0] for event in plain]
+    for token, _, values, tokens in found:
+        assert tokens[0] == token and len(values) == len(tokens) == 3 and values[1] >= values[2]
+
+
+def test_tokens_that_the_model_has_not_are_refused(engine):
+    for prompt, options in (([260], {}), (PROMPT, {"logit_bias": {260: 1.0}})):
+        with pytest.raises(ValueError, match="token 260"):
+            start(engine, prompt, None, **options)

@@ -21,7 +21,7 @@ def pool(tiny):
 
 def image(pool, slot, layer="model.layers.0.self_attn.q_proj"):
     """What a slot does on a layer."""
-    weight, pages = pool.layers[layer].weight, pool.arenas[layer].pages
+    weight, pages = pool.layers[layer].weight, pool.pages(layer)
     x = torch.eye(weight.shape[1])
     return lora_routed(x, torch.zeros_like(weight), pages, None, Route.from_rows([[(slot, 1.0)]], [0] * len(x)))
 
@@ -37,7 +37,7 @@ def used(pool):
 
 
 def test_pages_are_reused_and_leak_nothing(tiny, pool):
-    assert pool.pages == 4 and pool.used_pages() == 0
+    assert pool.page_count == 4 and pool.used_pages() == 0
     with_it = pool.acquire("it")
     torch.testing.assert_close(image(pool, with_it.entries[0][0]), delta(tiny.adapters / "it"))
     slot = with_it.entries[0][0]
@@ -130,6 +130,44 @@ def test_threads(pool):
     for thread in threads:
         thread.join()
     assert not failures and all(h.leases == 0 for h in pool._names.values())
+
+
+def test_what_each_takes(tiny, pool):
+    layers = 2 * len(("q", "k", "v", "o", "gate", "up", "down"))
+    same = {"place": "host", "pinned": False, "leases": 0, "trained": False}
+    ranks = {"fr": 4, "de": 8, "it": 12}
+    assert pool.info() == {n: {"ranks": [r], "pages": layers * -(-r // 8), **same} for n, r in ranks.items()}
+    lease = pool.acquire({"fr": 0.5, "de": 0.5})
+    pool.pin("de")
+    pool.create("new", 3, target_modules=["q_proj"])
+    info = pool.info()
+    assert [info[n]["place"] for n in info] == ["device", "device", "host", "device"]
+    assert [info[n]["leases"] for n in info] == [1, 1, 0, 0] and [info[n]["pinned"] for n in info] == [0, 1, 0, 1]
+    assert info["new"] == {"ranks": [3], "pages": 0, **same, "place": "device", "pinned": True, "trained": True}
+    assert sum(one["pages"] for one in info.values() if one["place"] == "device") == pool.used_pages()
+    lease.release()
+    assert pool.info()["fr"]["leases"] == 0
+
+
+@torch.no_grad()
+def test_a_layer_s_pages_are_those_of_a_direct_call(tiny):
+    """`lora_routed` with `pool.pages(layer)` and leases' entries is what the attached layer does."""
+    model = tiny.make().requires_grad_(False)
+    pool = serve.attach(model, adapters=4, max_rank=32)
+    pages = pool.pages("model.layers.1.mlp.up_proj")
+    for name in ("fr", "it"):
+        pool.load(name, tiny.adapters / name)
+    layer, x = model.model.layers[1].mlp.up_proj, torch.randn(3, 5, 32)
+    leases = [pool.acquire(spec) for spec in ("it", None, {"fr": 0.5, "it": -1.0})]
+    route = Route.from_lists([lease.entries for lease in leases for _ in range(5)])
+    direct = lora_routed(x, layer.weight, pages, None, route, layer.bias)
+    with serve.adapters(model, ["it", None, {"fr": 0.5, "it": -1.0}]):
+        torch.testing.assert_close(direct, layer(x))
+    update = direct - torch.nn.functional.linear(x, layer.weight)
+    assert update[1].abs().max() < 1e-5 and all(update[i].abs().max() > 0.1 for i in (0, 2))
+    assert pool.pages("model.layers.1.mlp.up_proj") is pages
+    with pytest.raises(KeyError, match="model.norm"):
+        pool.pages("model.norm")
 
 
 def test_memory_follows_the_ranks(tiny):

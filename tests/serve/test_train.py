@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from fastlora.serve.batch import Batch
 from torch import nn
 
 from fastlora import serve
@@ -92,6 +93,29 @@ def test_unloaded_it_is_gone_when_its_last_use_ends(attached):
     assert kept() is None
     pool.create("new", 2)
     assert torch.isfinite(loss(model, ["new", "fr"]))
+
+
+def test_pairs_are_narrowed_once_a_batch(attached):
+    """Layers get the same tuples in every call of a batch, and new ones when an adapter comes or goes."""
+    model, pool = attached
+    for name in ("a", "b"):
+        pool.create(name, 2)
+    arena = pool.arenas["lm_head"]
+    assert arena.own_of(frozenset({0, 1})) is arena.own
+    batches = [Batch([pool.acquire(name).entries], pool.device) for name in ("a", "a", "b", "fr")]
+    for batch in batches:
+        with pool.running(batch):
+            pass
+    assert [batch.pairs for batch in batches] == [{0}, {0}, {1}, set()]
+    narrowed = [arena.own_of(batch.pairs) for batch in batches]
+    assert arena.own_of(batches[3].pairs) is narrowed[3] and arena.own_of(batches[0].pairs) is not narrowed[3]
+    assert narrowed[0] is narrowed[1]
+    assert [[len(A) for A in own[0]] for own in narrowed] == [[2, 0], [2, 0], [0, 2], [0, 0]]
+    assert [[B.shape[1] for B in own[1]] for own in narrowed] == [[2, 0], [2, 0], [0, 2], [0, 0]]
+    before = arena.own_of(frozenset({0}))
+    pool.create("c", 4)
+    after = arena.own_of(frozenset({0}))
+    assert after is not before and after[0][0] is before[0][0] and [len(A) for A in after[0]] == [2, 0, 0]
 
 
 def test_created_while_others_run(attached):
