@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <memory>
 
 #include "cpu/choose.h"
@@ -12,14 +13,35 @@
 namespace fastlora {
 namespace {
 
+// True while a back-end other than `native` is pinned for the process (fastlora/backends.py sets it).
+std::atomic<bool> pinned_elsewhere{false};
+
+// The kernel `run`. Another back-end that is pinned, and arguments that are not taken, lead to Python.
+template <Name op, auto run, auto takes>
+struct Kernel;
+
+template <Name op, class Result, class... Args, Result (*run)(Args...), auto takes>
+struct Kernel<op, run, takes> {
+  static Result call(Args... args) {
+    bool taken = !pinned_elsewhere;
+    if constexpr (takes != nullptr) taken = taken && takes(args...);
+    return taken ? run(args...) : fastlora::call<op, Result(Args...), "python">(args...);
+  }
+};
+
+template <Name op, auto run, auto takes = nullptr>
+void add(torch::Library& m) {
+  m.impl(op.text, Kernel<op, run, takes>::call);
+}
+
 void compute(torch::Library& m) {
-  m.impl("lora_linear", lora_linear);
-  m.impl("lora_linear_forward", lora_linear_forward);
-  m.impl("lora_linear_backward", lora_linear_backward);
-  m.impl("lora_shrink", lora_shrink);
-  m.impl("lora_shrink_backward", lora_shrink_backward);
-  m.impl("lora_expand", lora_expand);
-  m.impl("lora_expand_backward", lora_expand_backward);
+  add<"fastlora::lora_linear", lora_linear, check::linear>(m);
+  add<"fastlora::lora_linear_forward", lora_linear_forward, check::linear>(m);
+  add<"fastlora::lora_linear_backward", lora_linear_backward>(m);
+  add<"fastlora::lora_shrink", lora_shrink, check::shrink>(m);
+  add<"fastlora::lora_shrink_backward", lora_shrink_backward>(m);
+  add<"fastlora::lora_expand", lora_expand, check::expand>(m);
+  add<"fastlora::lora_expand_backward", lora_expand_backward>(m);
   m.impl("draw_seed", draw_seed);
 }
 
@@ -58,10 +80,10 @@ void register_ops() {
   };
   auto& on_cpu = library(DispatchKey::CPU);
   compute(on_cpu);
-  on_cpu.impl("lora_dropout", lora_dropout);
-  on_cpu.impl("lora_routed", lora_routed);
-  on_cpu.impl("lora_routed_forward", lora_routed_forward);
-  on_cpu.impl("lora_routed_backward", lora_routed_backward);
+  add<"fastlora::lora_dropout", lora_dropout>(on_cpu);
+  add<"fastlora::lora_routed", lora_routed, check::routed>(on_cpu);
+  add<"fastlora::lora_routed_forward", lora_routed_forward, check::routed>(on_cpu);
+  add<"fastlora::lora_routed_backward", lora_routed_backward>(on_cpu);
   compute(library(DispatchKey::CUDA));
   register_autograd(library(DispatchKey::Autograd));
   auto &cpu_cast = library(DispatchKey::AutocastCPU), &cuda_cast = library(DispatchKey::AutocastCUDA);

@@ -1,16 +1,12 @@
-// Calls through torch's dispatcher and the switch that sends an op to a back-end written in Python.
+// Calls through torch's dispatcher.
 #pragma once
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "types.h"
 
 namespace fastlora {
-
-// True while a back-end other than `native` is pinned for the process (fastlora/backends.py sets it).
-inline std::atomic<bool> pinned_elsewhere{false};
 
 template <size_t n>
 struct Name {

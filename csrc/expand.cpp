@@ -1,13 +1,9 @@
-// lora_expand: entry points.
-#include "dispatch.h"
+// lora_expand and its backward.
 #include "ops.h"
 #include "products.h"
 
 namespace fastlora {
 namespace {
-
-using Op = Tensor(FASTLORA_EXPAND_ARGS);
-using BackwardOp = ExpandBackward(FASTLORA_EXPAND_BACKWARD_ARGS);
 
 std::tuple<int64_t, int64_t> start_and_count(const Tensor& y, IntArrayRef columns) {
   return columns.empty() ? std::tuple(int64_t{0}, y.size(-1)) : std::tuple(columns[0], columns[1] - columns[0]);
@@ -16,8 +12,6 @@ std::tuple<int64_t, int64_t> start_and_count(const Tensor& y, IntArrayRef column
 }  // namespace
 
 Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
-  if (pinned_elsewhere || !check::expand(FASTLORA_EXPAND))
-    return call<"fastlora::lora_expand", Op, "python">(FASTLORA_EXPAND);
   const auto wide = accumulate_type(y.scalar_type());
   const auto [start, count] = start_and_count(y, columns);
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), y, wide);
@@ -28,7 +22,6 @@ Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
 }
 
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
-  if (pinned_elsewhere) return call<"fastlora::lora_expand_backward", BackwardOp, "python">(FASTLORA_EXPAND_BACKWARD);
   const auto& use = products(cpu::takes(dy, lora_B));
   const auto [need_z, need_B, need_scaling, need_gates] = needs;
   const auto wide = accumulate_type(dy.scalar_type());

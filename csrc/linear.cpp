@@ -1,17 +1,12 @@
-// lora_linear: entry points.
+// lora_linear, what its backward needs, and its backward.
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
-#include "dispatch.h"
 #include "ops.h"
 #include "products.h"
 
 namespace fastlora {
 namespace {
-
-using Op = Tensor(FASTLORA_LINEAR_ARGS);
-using ForwardOp = LinearForward(FASTLORA_LINEAR_ARGS);
-using BackwardOp = LinearBackward(FASTLORA_LINEAR_BACKWARD_ARGS);
 
 LinearForward run(FASTLORA_LINEAR_ARGS, bool want_z) {
   const auto& use = products(cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
@@ -24,20 +19,11 @@ LinearForward run(FASTLORA_LINEAR_ARGS, bool want_z) {
 
 }  // namespace
 
-Tensor lora_linear(FASTLORA_LINEAR_ARGS) {
-  if (pinned_elsewhere || !check::linear(FASTLORA_LINEAR))
-    return call<"fastlora::lora_linear", Op, "python">(FASTLORA_LINEAR);
-  return std::get<0>(run(FASTLORA_LINEAR, false));
-}
+Tensor lora_linear(FASTLORA_LINEAR_ARGS) { return std::get<0>(run(FASTLORA_LINEAR, false)); }
 
-LinearForward lora_linear_forward(FASTLORA_LINEAR_ARGS) {
-  if (pinned_elsewhere || !check::linear(FASTLORA_LINEAR))
-    return call<"fastlora::lora_linear_forward", ForwardOp, "python">(FASTLORA_LINEAR);
-  return run(FASTLORA_LINEAR, true);
-}
+LinearForward lora_linear_forward(FASTLORA_LINEAR_ARGS) { return run(FASTLORA_LINEAR, true); }
 
 LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
-  if (pinned_elsewhere) return call<"fastlora::lora_linear_backward", BackwardOp, "python">(FASTLORA_LINEAR_BACKWARD);
   const auto& use = products(cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, need_column] = needs;
   const auto wide = accumulate_type(x.scalar_type());

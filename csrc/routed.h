@@ -31,12 +31,4 @@ struct Plan {
 // Slots below it are pages', the others pairs of tensors.
 inline int64_t paged(TensorList pages) { return pages.empty() ? 0 : pages[2].size(0); }
 
-namespace cpu {
-// Whether our kernels take the call: of one of their types, pages included.
-bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorList pages);
-RoutedForward routed_forward(FASTLORA_ROUTED_ARGS, bool want_z);
-// Without slices; nothing where an adapter is DoRA's.
-std::optional<RoutedBackward> routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS);
-}  // namespace cpu
-
 }  // namespace fastlora

@@ -1,29 +1,18 @@
-// lora_shrink, lora_dropout and draw_seed: entry points.
+// lora_shrink with its backward, lora_dropout and draw_seed.
 #include <ATen/ops/randint.h>
 
 #include <limits>
 
-#include "dispatch.h"
 #include "ops.h"
 #include "products.h"
 
 namespace fastlora {
-namespace {
-
-using Op = Tensor(FASTLORA_SHRINK_ARGS);
-using BackwardOp = ShrinkBackward(FASTLORA_SHRINK_BACKWARD_ARGS);
-using DropoutOp = Tensor(const Tensor&, double, const Tensor&);
-
-}  // namespace
 
 Tensor lora_shrink(FASTLORA_SHRINK_ARGS) {
-  if (pinned_elsewhere || !check::shrink(FASTLORA_SHRINK))
-    return call<"fastlora::lora_shrink", Op, "python">(FASTLORA_SHRINK);
   return products(cpu::takes(x, lora_A)).project(x, lora_A, false, {dropout_p, seed});
 }
 
 ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS) {
-  if (pinned_elsewhere) return call<"fastlora::lora_shrink_backward", BackwardOp, "python">(FASTLORA_SHRINK_BACKWARD);
   const auto& use = products(cpu::takes(x, lora_A));
   const Gate one;
   Gated t{dz.to(accumulate_type(x.scalar_type())).contiguous(), one};
@@ -32,7 +21,6 @@ ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS) {
 }
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed) {
-  if (pinned_elsewhere) return call<"fastlora::lora_dropout", DropoutOp, "python">(x, dropout_p, seed);
   TORCH_CHECK_VALUE(check::dropout(dropout_p, seed, x), "fastlora: dropout_p, seed: got ", dropout_p, " and a ", seed.dim(),
                     "-d tensor of type ", seed.scalar_type(), " on ", seed.device(),
                     ", expected a number from 0 to 1 and a 0-d int64 tensor on ", x.device(), ", as x");

@@ -43,12 +43,7 @@ using ExpandBackward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
 
 // the same arguments, passed on
 #define FASTLORA_LINEAR x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed
-#define FASTLORA_LINEAR_BACKWARD \
-  dy, x, weight, lora_A, lora_B, scaling, gates, ranks, column_scale, dropout_p, seed, z, u, needs
 #define FASTLORA_SHRINK x, lora_A, dropout_p, seed
-#define FASTLORA_SHRINK_BACKWARD dz, x, lora_A, dropout_p, seed, needs
-#define FASTLORA_EXPAND y, z, lora_B, scaling, gates, ranks, columns
-#define FASTLORA_EXPAND_BACKWARD dy, z, lora_B, scaling, gates, ranks, columns, needs
 
 inline int64_t total_rank(TensorList lora_A, int64_t dim) {
   int64_t R = 0;

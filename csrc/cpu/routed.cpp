@@ -1,5 +1,6 @@
 // lora_routed on a CPU: the base product, then each thread takes some tokens through both halves of their adapters' update.
-// No weight is gathered or padded; rows of x are, where a segment's tokens do not lie together.
+// No weight is gathered or padded; rows of x are, where a segment's tokens do not lie together. What our kernels do not
+// take, the reference computes.
 #include <ATen/ops/mm.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -8,6 +9,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../dispatch.h"
+#include "../ops.h"
 #include "adapters.h"
 
 namespace fastlora::cpu {
@@ -106,14 +109,15 @@ Tensor base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   return products.product(p);
 }
 
-}  // namespace
-
+// of one of our kernels' types, pages included
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorList pages) {
   const auto plain = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type() && t.is_contiguous(); };
   return x.is_cpu() && takes(x, lora_A) && takes(x, lora_B) && (pages.empty() || (plain(pages[0]) && plain(pages[1])));
 }
 
-RoutedForward routed_forward(FASTLORA_ROUTED_ARGS, bool want_z) {
+RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
+  if (!takes_routed(x, lora_A, lora_B, pages))
+    return call<"fastlora::lora_routed_forward", RoutedForward(FASTLORA_ROUTED_ARGS), "reference">(FASTLORA_ROUTED);
   const Rows rows(x);
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   const auto row = bias ? bias->contiguous() : Tensor();
@@ -134,7 +138,8 @@ RoutedForward routed_forward(FASTLORA_ROUTED_ARGS, bool want_z) {
   return {y, out};
 }
 
-std::optional<RoutedBackward> routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
+// Without slices; nothing where an adapter is DoRA's.
+std::optional<RoutedBackward> run_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   if (c.dora) return {};
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates] = needs;
@@ -192,4 +197,20 @@ std::optional<RoutedBackward> routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
           need_bias ? dy2.sum(0) : nothing(x), need_gates ? dg.to(gates.scalar_type()) : nothing(x)};
 }
 
+}  // namespace
 }  // namespace fastlora::cpu
+
+namespace fastlora {
+
+Tensor lora_routed(FASTLORA_ROUTED_ARGS) { return std::get<0>(cpu::run_routed(FASTLORA_ROUTED, false)); }
+
+RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS) { return cpu::run_routed(FASTLORA_ROUTED, true); }
+
+RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
+  if (cpu::takes_routed(x, lora_A, lora_B, pages) && slices.empty())
+    if (auto grads = cpu::run_backward(FASTLORA_ROUTED_BACKWARD)) return *grads;
+  return call<"fastlora::lora_routed_backward", RoutedBackward(FASTLORA_ROUTED_BACKWARD_ARGS), "reference">(
+      FASTLORA_ROUTED_BACKWARD);
+}
+
+}  // namespace fastlora
