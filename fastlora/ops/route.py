@@ -93,9 +93,9 @@ class Route:
     def with_room(self, entries, tiles):
         """This route in buffers for so many entries and tiles: what a graph that was captured with it reads."""
         room = copy.copy(self)
-        for name, n in (("offsets", None), ("order", None), ("slots", entries), ("gates", entries), ("tiles", tiles)):
-            t = getattr(self, name)
-            setattr(room, name, t.new_zeros(len(t) if n is None else n, *t.shape[1:]))
+        room.offsets, room.order = self.offsets.clone(), self.order.clone()
+        room.slots, room.gates = self.slots.new_zeros(entries), self.gates.new_zeros(entries)
+        room.tiles = self.tiles.new_zeros(tiles, 3)
         return room.copy_(self)
 
     @torch.no_grad()
