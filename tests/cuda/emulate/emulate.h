@@ -74,11 +74,11 @@ const char* cudaGetErrorString(cudaError_t error);
 
 namespace emulate {
 using Body = void (*)(const void* closure);
-// `const`: one activation of a kernel stays in one fiber, so the compiler may ask once.
-const dim3& thread_index() __attribute__((const));
-const dim3& block_index() __attribute__((const));
-const dim3& block_shape() __attribute__((const));
-const dim3& grid_shape() __attribute__((const));
+// `const`: one activation of a kernel stays in one fiber, so the compiler may ask once. By value: nothing to check.
+dim3 thread_index() __attribute__((const));
+dim3 block_index() __attribute__((const));
+dim3 block_shape() __attribute__((const));
+dim3 grid_shape() __attribute__((const));
 unsigned char* shared_dynamic() __attribute__((const));
 void* shared(const void* identity, size_t bytes);
 cudaError_t allow_shared(const void* kernel, int bytes);

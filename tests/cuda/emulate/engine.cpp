@@ -180,10 +180,10 @@ void fail(const char* format, ...) {
   abort();
 }
 
-const dim3& thread_index() { return self->index; }
-const dim3& block_index() { return self->block->index; }
-const dim3& block_shape() { return shape; }
-const dim3& grid_shape() { return grid; }
+dim3 thread_index() { return self->index; }
+dim3 block_index() { return self->block->index; }
+dim3 block_shape() { return shape; }
+dim3 grid_shape() { return grid; }
 unsigned char* shared_dynamic() { return self->block->memory; }
 int lane() { return int(self->lane); }
 void* shared(const void* identity, size_t bytes) {

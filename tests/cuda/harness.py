@@ -1,0 +1,187 @@
+"""Builds the CUDA kernels, with g++ against the emulator or with nvcc, and calls their launchers on torch tensors.
+
+The structs of kernels/cuda/params.h are read from that file, and so are its enums: nothing is repeated here.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+# Mutants of the kernels lie elsewhere.
+KERNELS = Path(os.environ.get("FASTLORA_CUDA_KERNELS", ROOT / "kernels" / "cuda"))
+EMULATOR = Path(__file__).parent / "emulate"
+CACHE, KEPT = ROOT / "build" / "cuda", 100  # files
+# More than a wrong row or column jumps over.
+GUARD = 1 << 15
+COMMON = "-std=c++17 -g -fPIC -mf16c -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+MODES = {"plain": ["-O2"], "checked": ["-O1", "-fsanitize=thread"]}
+SCALARS = {"int": ctypes.c_int, "long long": ctypes.c_longlong, "float": ctypes.c_float}
+
+
+class BuildError(Exception):
+    pass
+
+
+def declarations(header):
+    """(enum constants, structs) of a header of plain C."""
+    text = re.sub(r"\*\s*", " *", re.sub(r"//.*", "", header.read_text()))
+    constants, structs = {}, {}
+    for body in re.findall(r"enum \w+ \{(.*?)\}", text, re.S):
+        value = -1
+        for name, given in re.findall(r"(\w+)(?:\s*=\s*(\d+))?\s*(?:,|$)", body.strip()):
+            value = int(given) if given else value + 1
+            constants[name] = value
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\};", text, re.S):
+        fields = []
+        for line in filter(None, (part.strip() for part in body.split(";"))):
+            kind, names = re.fullmatch(r"(?:const |struct )*(long long|\w+)\s+(.*)", line, re.S).groups()
+            for item in names.split(","):
+                star, field, length = re.fullmatch(r"\s*(\*?)\s*(\w+)(?:\[(\w+)\])?\s*", item).groups()
+                base = ctypes.c_void_p if star else structs.get(kind) or SCALARS[kind]
+                fields.append((field, base * int(constants.get(length, length)) if length else base))
+        structs[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return constants, structs
+
+
+def sources(folder, *suffixes):
+    return sorted(p for p in folder.iterdir() if p.suffix in suffixes)
+
+
+def made(name, suffix, command, inputs):
+    """CACHE/name-….suffix as `command` makes it, unless it is there for the same command and the same inputs."""
+    key = repr([command, [(p.name, p.read_bytes()) for p in inputs]])
+    output = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}{suffix}"
+    if not output.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for old in sorted(CACHE.iterdir(), key=os.path.getmtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            unfinished = Path(folder) / output.name
+            done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
+            if done.returncode:
+                raise BuildError(done.stderr[-3000:])
+            # through a name in the same folder: whoever looks sees all of it or nothing
+            beside = output.with_suffix(f".{os.getpid()}")
+            shutil.copy(unfinished, beside)
+            beside.replace(output)
+    return output
+
+
+def build(mode, kernels=KERNELS):
+    """The kernels and the emulator as one library; `checked` hears of every load and store."""
+    headers, own = sources(EMULATOR, ".h"), sources(kernels, ".h", ".cuh")
+    tests = Path(__file__).parent / "engine.cu"
+
+    def compile(source):
+        flags, includes, inputs = ["-O2"], [f"-I{EMULATOR}"], [source, *headers]
+        if source.suffix == ".cu":
+            flags, inputs = ["-x", "c++", *MODES[mode]], [*inputs, *own]
+            includes.append(f"-I{kernels}")
+        command = ["g++", *COMMON, *flags, *includes, "-c", source]
+        return made(f"{source.stem}-{mode}", ".o", command, inputs)
+
+    engine = [p for p in sources(EMULATOR, ".cpp") if mode == "checked" or p.stem != "race"]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile, [*sources(kernels, ".cu"), tests, *engine]))
+    return made(f"host-{mode}", ".so", ["g++", "-shared", *objects], objects)
+
+
+def build_for_gpu(arch=80, kernels=KERNELS):
+    """The kernels as nvcc compiles them for a GPU: loads anywhere."""
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    files = sources(kernels, ".cu")
+    command = ["nvcc", "-std=c++17", "-O3", target, "-shared", "-Xcompiler", "-fPIC", *files]
+    return made(f"sm_{arch}", ".so", command, [*files, *sources(kernels, ".h", ".cuh")])
+
+
+class Library:
+    """The launchers, with what the emulator adds where it is in the library."""
+
+    def __init__(self, path, header=KERNELS / "params.h"):
+        self.path, self.library = path, ctypes.CDLL(str(path))
+        self.constants, self.structs = declarations(header)
+        self.library.fastlora_error.restype = ctypes.c_char_p
+        for name in ("partials", "counters"):
+            getattr(self.library, f"fastlora_shrink_{name}").restype = ctypes.c_longlong
+        self.library.fastlora_shrink_partials.argtypes = [ctypes.c_longlong, ctypes.c_longlong, ctypes.c_int]
+        self.library.fastlora_shrink_counters.argtypes = [ctypes.c_longlong, ctypes.c_longlong]
+        self.emulated = hasattr(self.library, "emulate_seed")
+        if self.emulated:
+            self.library.emulate_seed.argtypes = [ctypes.c_uint64]
+            self.library.emulate_conflicts.restype = ctypes.c_uint64
+            self.library.emulate_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    def declare(self, tensors, schedule=0):
+        """Tells the emulator which memory is the device's: {name: (tensor, is written)}."""
+        if not self.emulated:
+            return
+        self.library.emulate_seed(schedule)
+        self.library.emulate_forget()
+        for tensor, written in tensors.values():
+            if tensor is not None and tensor.numel():
+                extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+                self.library.emulate_buffer(tensor.data_ptr(), extent * tensor.element_size(), written)
+
+    def call(self, launcher, params):
+        """The launcher's status."""
+        status = getattr(self.library, launcher)(ctypes.byref(params) if params is not None else None, None)
+        if not self.emulated:
+            torch.cuda.synchronize()
+        return status
+
+    def launch(self, launcher, params, tensors, schedule=0):
+        """A launch that must succeed, without bank conflicts in ldmatrix."""
+        self.declare(tensors, schedule)
+        status = self.call(launcher, params)
+        assert status == 0, self.sentence(status)
+        assert not self.emulated or self.library.emulate_conflicts() == 0, "bank conflicts"
+
+    def sentence(self, status):
+        text = self.library.fastlora_error(status).decode()
+        return re.sub(r" \[pc (0x[0-9a-f]+)\]", lambda m: f" ({self.line(m[1])})", text)
+
+    def line(self, address):
+        found = subprocess.run(["addr2line", "-i", "-e", self.path, address], capture_output=True, text=True)
+        return " < ".join(os.path.basename(line) for line in found.stdout.split() if re.search(r"\.cuh?:\d", line))
+
+
+@cache
+def library(mode):
+    return Library(build(mode))
+
+
+def guarded(shape, dtype, stride=None, shift=0, device="cpu"):
+    """A matrix or vector full of NaN between guards, `shift` elements off a multiple of 64 bytes; rows `stride` apart."""
+    stride = shape[-1] if stride is None else stride
+    strides = (stride, 1)[-len(shape) :]
+    size = torch.empty(0, dtype=dtype).element_size()
+    extent = (sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1) * size if min(shape) else 0
+    raw = torch.full((extent + 2 * GUARD + 64 + shift * size,), 0xFF, dtype=torch.uint8, device=device)
+    start = GUARD + -raw.data_ptr() % 64 + shift * size
+    whole = raw[start : start + -(-extent // size) * size].view(dtype)
+    return whole.as_strided(shape, strides)
+
+
+def outside(tensor):
+    """Bytes beside a guarded tensor, and in the gaps between its rows, that are not what they were."""
+    raw = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    inside = torch.zeros_like(raw, dtype=torch.bool)
+    size, start = tensor.element_size(), tensor.storage_offset() * tensor.element_size()
+    for row in range(tensor.shape[0] if tensor.dim() == 2 else 1):
+        first = start + row * (tensor.stride(0) if tensor.dim() == 2 else 0) * size
+        inside[first : first + tensor.shape[-1] * size] = True
+    return int(((raw != 0xFF) & ~inside).sum())
+
+
+def nvcc():
+    return shutil.which("nvcc")
