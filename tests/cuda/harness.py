@@ -25,6 +25,7 @@ CACHE, KEPT = ROOT / "build" / "cuda", 100  # files
 GUARD = 1 << 15
 COMMON = "-std=c++17 -g -fPIC -mf16c -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
 MODES = {"plain": ["-O2"], "checked": ["-O1", "-fsanitize=thread"]}
+NO_STATUS = ("FASTLORA_BF16", "FASTLORA_FP16", "FASTLORA_PARTS", "FASTLORA_CUDA")
 SCALARS = {"int": ctypes.c_int, "long long": ctypes.c_longlong, "float": ctypes.c_float}
 
 
@@ -183,5 +184,34 @@ def outside(tensor):
     return int(((raw != 0xFF) & ~inside).sum())
 
 
-def nvcc():
-    return shutil.which("nvcc")
+def set_matrix(matrix, t):
+    """Fills a struct Matrix."""
+    matrix.data = None if t is None or not t.numel() else t.data_ptr()
+    matrix.stride = 0 if t is None else t.stride(0)
+
+
+def refused(library, launcher, params, path, value):
+    """The name of the status after one field, at `path`, is changed to a value or by a function."""
+    *steps, last = path.split(".")
+    at = params
+    for step in steps:
+        at = at[int(step)] if step.isdigit() else getattr(at, step)
+    stranger = torch.zeros(4096, dtype=torch.bfloat16)
+    value = stranger.data_ptr() if value == "foreign" else value
+    setattr(at, last, value(getattr(at, last)) if callable(value) else value)
+    status = library.call(launcher, params)
+    return next(n for n, v in library.constants.items() if v == status and n not in NO_STATUS)
+
+
+def assert_close(actual, truth, size, exact):
+    """`exact`: small integers, whose sums are exact in fp32 in any order. Else: one rounding, and fp32's in the sums."""
+    if exact:
+        wrong = actual != truth.to(actual.dtype)
+    else:
+        mantissa = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}[actual.dtype]
+        half_ulp = 2.0 ** (truth.abs().clamp(min=1e-30).log2().floor() - mantissa)
+        wrong = ~((actual.double() - truth).abs() <= half_ulp + 3e-6 * size)
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {wrong.nonzero()[0].tolist()}: "
+        f"{actual[wrong][0].item()} is not {truth[wrong][0].item()}"
+    )

@@ -6,6 +6,7 @@ import harness
 import pytest
 import torch
 from fastlora.ops.dropout import dropout_mask, scale
+from harness import assert_close, set_matrix
 
 SCHEDULES = {"plain": (0, 1, 2, 3), "checked": (0, 3)}
 SEED = 0x1234_5678_9ABC_DEF
@@ -118,25 +119,6 @@ class Problem:
             assert_close(u, self.u, self.size, self.case.exact)
 
 
-def set_matrix(matrix, t):
-    matrix.data = None if t is None or not t.numel() else t.data_ptr()
-    matrix.stride = 0 if t is None else t.stride(0)
-
-
-def assert_close(actual, truth, size, exact):
-    """`exact`: small integers, whose sums are exact in fp32 in any order. Else: one rounding, and fp32's in the sums."""
-    if exact:
-        wrong = actual != truth.to(actual.dtype)
-    else:
-        mantissa = 11 if actual.dtype == torch.float16 else 8
-        half_ulp = 2.0 ** (truth.abs().clamp(min=1e-30).log2().floor() - mantissa)
-        wrong = ~((actual.double() - truth).abs() <= half_ulp + 3e-6 * size)
-    assert not wrong.any(), (
-        f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {wrong.nonzero()[0].tolist()}: "
-        f"{actual[wrong][0].item()} is not {truth[wrong][0].item()}"
-    )
-
-
 BASE = [
     Case(1, 1, 1, (1,)),
     Case(3, 100, 100, (3,), bias=True),
@@ -211,71 +193,55 @@ def test_dropped_values_may_be_anything():
     assert torch.equal(torch.isinf(y[:, 7]), keep[:, 7]) and not torch.isnan(y).any()
 
 
-def refused(change, **case):
-    """The sentence that a launcher returns for a problem changed by `change`."""
-    library, problem = harness.library("plain"), Problem(Case(20, 40, 24, (8,), **case))
+REFUSALS = [
+    ("NULL", "x.data", None),
+    ("NULL", "w.data", None),
+    ("NULL", "z.data", None),
+    ("NULL", "y.data", None),
+    ("NULL", "slices.0.b.data", None),
+    ("MISALIGNED", "x.data", lambda v: v + 1),
+    ("MISALIGNED", "slices.0.b.data", lambda v: v + 1),
+    ("MISALIGNED", "seed", lambda v: v + 4),
+    ("FOREIGN", "w.data", "foreign"),
+    ("FOREIGN", "u.data", "foreign"),
+    ("FOREIGN", "bias", "foreign"),
+    ("FOREIGN", "column_scale", "foreign"),
+    ("SHAPE", "m", -1),
+    ("SHAPE", "n", 41),
+    ("SHAPE", "count", 0),
+    ("SHAPE", "count", 9),
+    ("SHAPE", "type", 2),
+    ("SHAPE", "dropped", 65537),
+    ("SHAPE", "dropped", -1),
+    ("SHAPE", "x.stride", -24),
+    ("SHAPE", "y.stride", 39),
+    ("SHAPE", "slices.0.ranks", -1),
+    ("TOO_LARGE", "m", 2**31),
+    ("TOO_LARGE", "k", 2**40),
+    ("TOO_LARGE", "w.stride", 2**31),
+    ("TOO_LARGE", "slices.0.ranks", 2**31),
+]
+
+
+@pytest.mark.parametrize("status, path, value", REFUSALS)
+def test_refusals(status, path, value):
+    library, problem = harness.library("plain"), Problem(Case(20, 40, 24, (8,), p=0.5))
     y = harness.guarded((20, 40), torch.bfloat16)
     params = problem.params(library, y, None)
-    tensors = dict(x=problem.x, w=problem.w, z=problem.z, b=problem.b[0], y=y, bias=problem.bias, seed=problem.seed)
-    library.declare({name: (t, 1) for name, t in tensors.items()})
-    change(params)
-    status = library.call("launch_linear", params)
+    tensors = [problem.x, problem.w, problem.z, problem.b[0], problem.seed, y]
+    library.declare({str(i): (t, 1) for i, t in enumerate(tensors)})
+    assert harness.refused(library, "launch_linear", params, path, value) == f"FASTLORA_{status}"
     assert torch.isnan(y).all(), "refused, and written all the same"
-    return next(name for name, value in library.constants.items() if value == status and "_PARTS" not in name and value > 1)
 
 
-def test_refusals():
-    def setter(name, value, inner=None):
-        def change(p):
-            at = getattr(p, name)
-            at = at[0] if name == "slices" else at
-            if inner is None:
-                setattr(p, name, value(at) if callable(value) else value)
-                return
-            *path, last = inner.split(".")
-            for step in path:
-                at = getattr(at, step)
-            setattr(at, last, value(getattr(at, last)) if callable(value) else value)
-
-        return change
-
-    foreign = torch.zeros(4096, dtype=torch.bfloat16)
-    for expected, change in [
-        ("NULL", setter("x", None, "data")),
-        ("NULL", setter("w", None, "data")),
-        ("NULL", setter("z", None, "data")),
-        ("NULL", setter("slices", None, "b.data")),
-        ("NULL", setter("y", None, "data")),
-        ("MISALIGNED", setter("x", lambda v: v + 1, "data")),
-        ("MISALIGNED", setter("slices", lambda v: v + 1, "b.data")),
-        ("MISALIGNED", setter("seed", lambda v: v + 4)),
-        ("FOREIGN", setter("w", foreign.data_ptr(), "data")),
-        ("FOREIGN", setter("bias", foreign.data_ptr())),
-        ("FOREIGN", setter("column_scale", foreign.data_ptr())),
-        ("FOREIGN", setter("u", foreign.data_ptr(), "data")),
-        ("SHAPE", setter("m", -1)),
-        ("SHAPE", setter("n", 41)),
-        ("SHAPE", setter("count", 0)),
-        ("SHAPE", setter("count", 9)),
-        ("SHAPE", setter("type", 2)),
-        ("SHAPE", setter("dropped", 65537)),
-        ("SHAPE", setter("dropped", -1)),
-        ("SHAPE", setter("x", -24, "stride")),
-        ("SHAPE", setter("y", 39, "stride")),
-        ("SHAPE", setter("slices", -1, "ranks")),
-        ("TOO_LARGE", setter("m", 2**31)),
-        ("TOO_LARGE", setter("k", 2**40)),
-        ("TOO_LARGE", setter("w", 2**31, "stride")),
-        ("TOO_LARGE", setter("slices", 2**31, "ranks")),
-    ]:
-        assert refused(change, p=0.5) == f"FASTLORA_{expected}"
+def test_no_params():
     library = harness.library("plain")
     assert library.call("launch_linear", None) == library.constants["FASTLORA_NULL"]
 
 
 def test_every_status_has_a_sentence():
     library = harness.library("plain")
-    statuses = [v for n, v in library.constants.items() if n not in ("FASTLORA_PARTS", "FASTLORA_CUDA")]
+    statuses = [v for n, v in library.constants.items() if n not in harness.NO_STATUS]
     sentences = {library.sentence(s) for s in range(max(statuses) + 1)}
     assert len(sentences) == max(statuses) + 1 and library.sentence(99) == library.sentence(-1) == "an unknown status"
 
