@@ -1,84 +1,44 @@
-// What the launchers of the CUDA kernels take and return. Plain C: torch's glue, ctypes and the kernels see one layout.
-// Letters and shapes as in kernels/README.md; every matrix is row-major with rows of its own distance.
+// What the launchers of the CUDA kernels take and return. Letters as in kernels/README.md; matrices are row-major; every
+// pointer is memory of the current device. `dropped` is round(p · 65536), `type` a FastloraType.
 #pragma once
-
 enum FastloraType { FASTLORA_BF16, FASTLORA_FP16 };
-enum FastloraLimits { FASTLORA_PARTS = 8 };
+enum FastloraLimits { FASTLORA_PARTS = 8, FASTLORA_TILE = 4096 };
+// FASTLORA_CUDA + e is the runtime's error e. fastlora_error has a sentence for each.
+enum FastloraStatus { FASTLORA_OK, FASTLORA_NO_DEVICE, FASTLORA_NULL, FASTLORA_MISALIGNED, FASTLORA_FOREIGN,
+                      FASTLORA_SHAPE, FASTLORA_TOO_LARGE, FASTLORA_WORKSPACE, FASTLORA_CUDA = 1000 };
 
-// Zero is success; FASTLORA_CUDA + e is the runtime's error e. fastlora_error has a sentence for each.
-enum FastloraStatus {
-  FASTLORA_OK,
-  FASTLORA_NO_DEVICE,
-  FASTLORA_NULL,
-  FASTLORA_MISALIGNED,
-  FASTLORA_FOREIGN,
-  FASTLORA_SHAPE,
-  FASTLORA_TOO_LARGE,
-  FASTLORA_WORKSPACE,
-  FASTLORA_CUDA = 1000
+struct Matrix { void* data; long long stride; };  // `stride` elements from one row to the next
+// Columns of z and, in the GEMM, the columns of y that they update; each part begins where the one before ends.
+struct Part {
+  Matrix m;  // GEMM: b as w, [columns, ranks] or transposed [ranks, columns]; shrink: a [ranks, k]
+  long long rank, ranks, column, columns;
 };
 
-struct Matrix {
-  void* data;
-  long long stride;  // elements from one row to the next
-};
-
-// The next `columns` columns of y, updated by the next `ranks` columns of z.
-struct Slice {
-  struct Matrix b;  // as w: [columns, ranks], or [ranks, columns] where w is transposed
-  long long columns, ranks;
-};
-
-// y = c ⊙ (x w + z b) + bias. With a seed: y = c ⊙ (x w + D(z b)) + bias, the mask that of a matrix [m, n].
+// y = c ⊙ (x w + z b) + bias. With a seed y = c ⊙ (x w + D(z b)) + bias, the mask that of a matrix [m, n].
 struct LinearParams {
-  struct Matrix x;            // [m, k]
-  struct Matrix w;            // [n, k], transposed: [k, n]
-  struct Matrix z;            // [m, all ranks], gated and in x's type
-  struct Matrix y;            // [m, n]
-  struct Matrix u;            // null, or [m, n]: what c multiplies
-  const void* bias;           // null, or [n] in x's type
-  const float* column_scale;  // null, or c [n]
-  const long long* seed;      // null, or one number on the device
-  struct Slice slices[FASTLORA_PARTS];
+  Matrix x, w, z;             // [m, k]; [n, k] or transposed [k, n]; gated, in x's type
+  Matrix y, u;                // [m, n]; null or [m, n], what c multiplies
+  const void* bias;           // null or [n] in x's type
+  const float* column_scale;  // null or c [n]
+  const long long* seed;      // null or one number
+  Part parts[FASTLORA_PARTS];
   long long m, n, k;
-  int count;    // of slices; together they are n columns wide
-  int dropped;  // round(p · 65536)
-  int transposed;
-  int type;
+  int count, dropped, type, transposed;
 };
 
-// One adapter, or one projection's adapters: the next `ranks` columns of z.
-struct Rows {
-  struct Matrix a;  // [ranks, k] in x's type
-  long long ranks;
-};
-
-// z = D(x) aᵀ, and zg = z ⊙ (scale · g) in x's type.
+// z = D(x) aᵀ and zg = z ⊙ (scale · g) in x's type.
 struct ShrinkParams {
-  struct Matrix x;        // [m, k]
-  struct Matrix z;        // null, or [m, all ranks] fp32
-  struct Matrix zg;       // null, or [m, all ranks]
-  struct Matrix g;        // null, or [m, all ranks] fp32; distance 0: one row for all
-  const long long* seed;  // null, or one number on the device
-  float* partial;         // room for fastlora_shrink_partials() floats where splits > 1
-  int* arrived;           // fastlora_shrink_counters() numbers, zero before the first launch; each leaves zeros
-  struct Rows parts[FASTLORA_PARTS];
-  long long m, k, partials, counters;  // partials, counters: what there is room for
+  Matrix x, z, zg, g;     // [m, k]; null or fp32 [m, ranks]; null or [m, ranks]; null or fp32, stride 0 for one row
+  const long long* seed;  // null or one number
+  float* partial;         // where splits > 1: for each counter splits · FASTLORA_TILE floats
+  unsigned* arrived;      // and fastlora_shrink_counters() zeros, left as zeros
+  Part parts[FASTLORA_PARTS];
+  long long m, k, partials, counters;  // the last two: what there is room for
   float scale;
-  int count;    // of parts
-  int dropped;  // round(p · 65536)
-  int splits;   // of k; the sum of their parts has a fixed order
-  int type;
+  int count, dropped, type, splits;  // splits: parts of K, added in their order
 };
 
-#ifdef __cplusplus
-extern "C" {
-#endif
-const char* fastlora_error(int status);
-int launch_linear(const struct LinearParams* params, void* stream);
-int launch_shrink(const struct ShrinkParams* params, void* stream);
-long long fastlora_shrink_partials(long long m, long long ranks, int splits);
-long long fastlora_shrink_counters(long long m, long long ranks);
-#ifdef __cplusplus
-}
-#endif
+extern "C" const char* fastlora_error(int status);
+extern "C" int launch_linear(const LinearParams* params, void* stream);
+extern "C" int launch_shrink(const ShrinkParams* params, void* stream);
+extern "C" long long fastlora_shrink_counters(long long m, long long ranks);

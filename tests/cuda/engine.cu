@@ -3,7 +3,8 @@
 
 namespace {
 struct Probe {
-  int *data, *count;
+  int* data;
+  unsigned* count;
   const int* input;
   int which;
 };
@@ -18,9 +19,8 @@ __device__ void last_arriver(const Probe& p, Missing missing, bool everybody_fen
   if (missing != BARRIER) __syncthreads();
   if (t == 0) {
     if (!everybody_fences && missing != RELEASE) __threadfence();
-    last = atomicAdd(p.count, 1) == int(gridDim.x) - 1;
+    last = atomicInc(p.count, gridDim.x - 1) == gridDim.x - 1;
     if (missing != ACQUIRE) __threadfence();
-    if (last) atomicExch(p.count, 0);
   }
   if (missing != AGAIN) __syncthreads();
   if (!last) return;

@@ -22,10 +22,10 @@ KERNELS = Path(os.environ.get("FASTLORA_CUDA_KERNELS", ROOT / "kernels" / "cuda"
 EMULATOR = Path(__file__).parent / "emulate"
 CACHE, KEPT = ROOT / "build" / "cuda", 100  # files
 # More than a wrong row or column jumps over.
-GUARD = 1 << 15
+GUARD = 1 << 13
 COMMON = "-std=c++17 -g -fPIC -mf16c -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
 MODES = {"plain": ["-O2"], "checked": ["-O1", "-fsanitize=thread"]}
-NO_STATUS = ("FASTLORA_BF16", "FASTLORA_FP16", "FASTLORA_PARTS", "FASTLORA_CUDA")
+NO_STATUS = ("FASTLORA_BF16", "FASTLORA_FP16", "FASTLORA_PARTS", "FASTLORA_TILE", "FASTLORA_CUDA")
 SCALARS = {"int": ctypes.c_int, "long long": ctypes.c_longlong, "float": ctypes.c_float}
 
 
@@ -89,7 +89,7 @@ def build(mode, kernels=KERNELS):
             flags, inputs = ["-x", "c++", *MODES[mode]], [*inputs, *own]
             includes.append(f"-I{kernels}")
         command = ["g++", *COMMON, *flags, *includes, "-c", source]
-        return made(f"{source.stem}-{mode}", ".o", command, inputs)
+        return made(source.stem, ".o", command, inputs)
 
     engine = [p for p in sources(EMULATOR, ".cpp") if mode == "checked" or p.stem != "race"]
     with ThreadPoolExecutor(2) as pool:
@@ -112,9 +112,7 @@ class Library:
         self.path, self.library = path, ctypes.CDLL(str(path))
         self.constants, self.structs = declarations(header)
         self.library.fastlora_error.restype = ctypes.c_char_p
-        for name in ("partials", "counters"):
-            getattr(self.library, f"fastlora_shrink_{name}").restype = ctypes.c_longlong
-        self.library.fastlora_shrink_partials.argtypes = [ctypes.c_longlong, ctypes.c_longlong, ctypes.c_int]
+        self.library.fastlora_shrink_counters.restype = ctypes.c_longlong
         self.library.fastlora_shrink_counters.argtypes = [ctypes.c_longlong, ctypes.c_longlong]
         self.emulated = hasattr(self.library, "emulate_seed")
         if self.emulated:
@@ -188,6 +186,15 @@ def set_matrix(matrix, t):
     """Fills a struct Matrix."""
     matrix.data = None if t is None or not t.numel() else t.data_ptr()
     matrix.stride = 0 if t is None else t.stride(0)
+
+
+def set_parts(parts, matrices, ranks, columns):
+    """Fills an array of struct Part, one part after the other."""
+    rank = column = 0
+    for part, m, r, c in zip(parts, matrices, ranks, columns, strict=False):
+        set_matrix(part.m, m)
+        part.rank, part.ranks, part.column, part.columns = rank, r, column, c
+        rank, column = rank + r, column + c
 
 
 def refused(library, launcher, params, path, value):

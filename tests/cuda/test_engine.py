@@ -125,5 +125,5 @@ def test_structs_are_read_from_the_header():
     constants, structs = harness.declarations(harness.KERNELS / "params.h")
     assert constants["FASTLORA_NO_DEVICE"] == 1 and constants["FASTLORA_CUDA"] == 1000
     fields = dict(structs["LinearParams"]._fields_)
-    assert fields["slices"]._length_ == constants["FASTLORA_PARTS"] and fields["m"] is ctypes.c_longlong
+    assert fields["parts"]._length_ == constants["FASTLORA_PARTS"] and fields["m"] is ctypes.c_longlong
     assert fields["bias"] is ctypes.c_void_p and ctypes.sizeof(structs["Matrix"]) == 16

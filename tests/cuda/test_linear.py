@@ -6,7 +6,7 @@ import harness
 import pytest
 import torch
 from fastlora.ops.dropout import dropout_mask, scale
-from harness import assert_close, set_matrix
+from harness import assert_close, set_matrix, set_parts
 
 SCHEDULES = {"plain": (0, 1, 2, 3), "checked": (0, 3)}
 SEED = 0x1234_5678_9ABC_DEF
@@ -92,9 +92,7 @@ class Problem:
             set_matrix(getattr(p, name), t)
         for name, t in dict(bias=self.bias, column_scale=self.c, seed=self.seed).items():
             setattr(p, name, None if t is None else t.data_ptr())
-        for s, c, r, b in zip(p.slices, self.columns, case.ranks, self.b, strict=False):
-            set_matrix(s.b, b)
-            s.columns, s.ranks = c, r
+        set_parts(p.parts, self.b, case.ranks, self.columns)
         p.m, p.n, p.k, p.count = case.m, case.n, case.k, len(case.ranks)
         p.dropped, p.transposed = round(case.p * 65536), case.transposed
         p.type = library.constants["FASTLORA_FP16" if case.dtype == torch.float16 else "FASTLORA_BF16"]
@@ -198,9 +196,9 @@ REFUSALS = [
     ("NULL", "w.data", None),
     ("NULL", "z.data", None),
     ("NULL", "y.data", None),
-    ("NULL", "slices.0.b.data", None),
+    ("NULL", "parts.0.m.data", None),
     ("MISALIGNED", "x.data", lambda v: v + 1),
-    ("MISALIGNED", "slices.0.b.data", lambda v: v + 1),
+    ("MISALIGNED", "parts.0.m.data", lambda v: v + 1),
     ("MISALIGNED", "seed", lambda v: v + 4),
     ("FOREIGN", "w.data", "foreign"),
     ("FOREIGN", "u.data", "foreign"),
@@ -215,11 +213,14 @@ REFUSALS = [
     ("SHAPE", "dropped", -1),
     ("SHAPE", "x.stride", -24),
     ("SHAPE", "y.stride", 39),
-    ("SHAPE", "slices.0.ranks", -1),
+    ("SHAPE", "parts.0.ranks", -1),
+    ("SHAPE", "parts.0.rank", 1),
+    ("SHAPE", "parts.0.column", 1),
+    ("SHAPE", "parts.0.columns", 39),
     ("TOO_LARGE", "m", 2**31),
     ("TOO_LARGE", "k", 2**40),
     ("TOO_LARGE", "w.stride", 2**31),
-    ("TOO_LARGE", "slices.0.ranks", 2**31),
+    ("TOO_LARGE", "parts.0.ranks", 2**31),
 ]
 
 
@@ -251,4 +252,5 @@ def test_nothing_to_do(shape):
     m, n, k = shape
     library = harness.library("plain")
     problem = Problem(Case(m, n, k, (8,)))
+    library.declare({"x": (problem.x, 0), "w": (problem.w, 0), "z": (problem.z, 0), "b": (problem.b[0], 0)})
     assert library.call("launch_linear", problem.params(library, torch.empty(m, n), None)) == 0

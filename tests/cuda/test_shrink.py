@@ -6,7 +6,7 @@ import harness
 import pytest
 import torch
 from fastlora.ops.dropout import dropout_mask, scale
-from harness import assert_close, set_matrix
+from harness import assert_close, set_matrix, set_parts
 
 SCHEDULES = {"plain": (0, 1, 2, 3, 6, 7), "checked": (0, 3)}
 SEED = 0x1234_5678_9ABC_DEF
@@ -69,9 +69,8 @@ class Problem:
 
     def workspace(self, library):
         """(parts, counters): as large as the library asks for, and the counters zero."""
-        sizes = self.case.m, self.total, self.case.splits
-        parts = max(library.library.fastlora_shrink_partials(*sizes), 1)
-        counters = library.library.fastlora_shrink_counters(*sizes[:2])
+        counters = library.library.fastlora_shrink_counters(self.case.m, self.total)
+        parts = counters * self.case.splits * library.constants["FASTLORA_TILE"] if self.case.splits > 1 else 1
         return harness.guarded((parts,), torch.float32), harness.guarded((counters,), torch.int32).zero_()
 
     def params(self, library, z, zg, workspace):
@@ -81,9 +80,7 @@ class Problem:
             set_matrix(getattr(p, name), t)
         if case.gate == "row":
             p.g.stride = 0
-        for part, r, a in zip(p.parts, case.ranks, self.a, strict=False):
-            set_matrix(part.a, a)
-            part.ranks = r
+        set_parts(p.parts, self.a, case.ranks, [0] * len(case.ranks))
         p.seed = None if self.seed is None else self.seed.data_ptr()
         p.partial, p.partials = parts.data_ptr(), parts.numel()
         p.arrived, p.counters = counters.data_ptr(), counters.numel()
@@ -192,7 +189,7 @@ def test_dropped_values_may_be_anything():
 
 REFUSALS = [
     ("NULL", "x.data", None),
-    ("NULL", "parts.0.a.data", None),
+    ("NULL", "parts.0.m.data", None),
     ("NULL", "partial", None),
     ("NULL", "arrived", None),
     ("MISALIGNED", "x.data", lambda v: v + 1),
@@ -215,6 +212,8 @@ REFUSALS = [
     ("SHAPE", "z.stride", 11),
     ("SHAPE", "zg.stride", 11),
     ("SHAPE", "parts.1.ranks", -1),
+    ("SHAPE", "parts.1.rank", 7),
+    ("SHAPE", "parts.1.column", 1),
     ("TOO_LARGE", "m", 2**31),
     ("TOO_LARGE", "x.stride", 2**31),
     ("TOO_LARGE", "parts.1.ranks", 2**23),
@@ -248,5 +247,5 @@ def test_nothing_to_do(m, ranks):
     library, problem = harness.library("plain"), Problem(Case(max(m, 1), 40, ranks or (0,)))
     params = problem.params(library, None, None, (torch.zeros(1), torch.zeros(1)))
     params.m, params.count = m, len(ranks)
-    library.declare({"a": (problem.a[0], 0)})
+    library.declare({"x": (problem.x, 0), "a": (problem.a[0], 0)})
     assert library.call("launch_shrink", params) == 0

@@ -12,9 +12,10 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
+#define DEVICE static __forceinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
-// __shared__ and <<< >>> stay undefined: a kernel that does not go through these three does not compile here.
+// __shared__ and <<< >>> stay undefined: a kernel that does not go through these does not compile here.
 #define SHARED(name, ...)                \
   using name##_type = __VA_ARGS__;       \
   static const char name##_identity = 0; \
@@ -26,40 +27,39 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-using std::max;
-using std::min;
+template <class T> T max(T a, T b) { return a < b ? b : a; }
+template <class T> T min(T a, T b) { return b < a ? b : a; }
 
 // Conversions only: device code keeps its arithmetic in fp32.
-struct __nv_bfloat16 { uint16_t bits; };
-struct __half { uint16_t bits; };
-inline float __bfloat162float(__nv_bfloat16 v) {
-  const uint32_t wide = uint32_t(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &wide, 4);
-  return f;
-}
-inline __nv_bfloat16 __float2bfloat16_rn(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  if (f != f) return {0x7fff};
-  const uint32_t even = bits >> 16 & 1;
-  return {uint16_t((bits + 0x7fff + even) >> 16)};
-}
-inline float __half2float(__half v) {
-  _Float16 h;
-  std::memcpy(&h, &v, 2);
-  return float(h);
-}
-inline __half __float2half_rn(float f) {
-  const _Float16 h = _Float16(f);
-  __half v;
-  std::memcpy(&v, &h, 2);
-  return v;
-}
+struct __nv_bfloat16 {
+  uint16_t bits;
+  __nv_bfloat16() = default;
+  explicit __nv_bfloat16(float f) {
+    uint32_t wide;
+    std::memcpy(&wide, &f, 4);
+    const uint32_t even = wide >> 16 & 1;
+    bits = f == f ? uint16_t((wide + 0x7fff + even) >> 16) : 0x7fff;
+  }
+  explicit operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float f;
+    std::memcpy(&f, &wide, 4);
+    return f;
+  }
+};
+struct __half {
+  uint16_t bits;
+  __half() = default;
+  explicit __half(float f) {
+    const _Float16 h = _Float16(f);
+    std::memcpy(&bits, &h, 2);
+  }
+  explicit operator float() const {
+    _Float16 h;
+    std::memcpy(&h, &bits, 2);
+    return float(h);
+  }
+};
 
 // The part of the runtime's interface that launchers use.
 using cudaStream_t = void*;
@@ -103,7 +103,8 @@ void launch(const char* name, void (*kernel)(P), dim3 grid, dim3 block, size_t b
 void barrier(int line);
 void sync_warp(unsigned mask);
 void fence();
-int atomic(int* place, int operand, int (*operation)(int, int));
+bool vote(int line, bool mine);
+unsigned atomic(unsigned* place, unsigned operand, unsigned (*operation)(unsigned, unsigned));
 uint32_t shuffle(const char* name, unsigned mask, uint32_t value, int from);
 int lane();
 void mma(float* d, const uint32_t* a, const uint32_t* b, bool half);
@@ -126,11 +127,12 @@ cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int bytes) {
 inline void __syncthreads(int line = __builtin_LINE()) { emulate::barrier(line); }
 inline void __syncwarp(unsigned mask = ~0u) { emulate::sync_warp(mask); }
 inline void __threadfence() { emulate::fence(); }
-inline int atomicAdd(int* place, int v) {
-  return emulate::atomic(place, v, [](int old, int add) { return old + add; });
+inline int __syncthreads_or(int mine, int line = __builtin_LINE()) { return emulate::vote(line, mine); }
+inline unsigned atomicAdd(unsigned* place, unsigned v) {
+  return emulate::atomic(place, v, [](unsigned old, unsigned add) { return old + add; });
 }
-inline int atomicExch(int* place, int v) {
-  return emulate::atomic(place, v, [](int, int next) { return next; });
+inline unsigned atomicInc(unsigned* place, unsigned last) {
+  return emulate::atomic(place, last, [](unsigned old, unsigned most) { return old >= most ? 0 : old + 1; });
 }
 inline uint32_t __shfl_sync(unsigned mask, uint32_t v, int from) {
   return emulate::shuffle("__shfl_sync", mask, v, from & 31);

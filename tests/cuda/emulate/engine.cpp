@@ -203,6 +203,8 @@ void barrier(int line) {
   self->state = State::at_barrier;
   if (++b->arrived == threads_per_block) {
     b->arrived = 0;
+    b->answer = b->votes > 0;
+    b->votes = 0;
     b->time++;
     for (Warp& w : b->warps) w.priority = draw(1 << 16);
     for (Thread& t : b->threads) {
@@ -212,6 +214,12 @@ void barrier(int line) {
     }
   }
   park();
+}
+
+bool vote(int line, bool mine) {
+  self->block->votes += mine;
+  barrier(line);
+  return self->block->answer;
 }
 
 void collective(const char* name, unsigned mask, void* operands, Apply apply, bool orders_memory) {

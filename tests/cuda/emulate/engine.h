@@ -76,8 +76,9 @@ struct Warp {
 };
 struct Block {
   dim3 index;
-  uint32_t id = 0, time = 1, running = 0, arrived = 0;
+  uint32_t id = 0, time = 1, running = 0, arrived = 0, votes = 0;
   int line = 0;  // of the barrier that threads wait at
+  bool answer = false;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   unsigned char* memory = nullptr;  // dynamic shared memory, GAP bytes that belong to nobody, static arrays

@@ -71,7 +71,7 @@ void fence() {
   yield();
 }
 
-int atomic(int* place, int operand, int (*operation)(int, int)) {
+unsigned atomic(unsigned* place, unsigned operand, unsigned (*operation)(unsigned, unsigned)) {
   yield();
   if (emulate_on_access) {
     hear(place, sizeof *place, ATOMIC);
@@ -80,7 +80,7 @@ int atomic(int* place, int operand, int (*operation)(int, int)) {
     there.join(self->knows.published);
     there.join(self->block->knows.published);
   }
-  const int old = *place;
+  const unsigned old = *place;
   *place = operation(old, operand);
   return old;
 }

@@ -52,7 +52,9 @@ struct Product { float* d; const uint32_t *a, *b; };
 template <bool HALF>
 float element(uint32_t pair, int i) {
   const uint16_t bits = uint16_t(pair >> 16 * i);
-  return HALF ? __half2float(__half{bits}) : __bfloat162float(__nv_bfloat16{bits});
+  std::conditional_t<HALF, __half, __nv_bfloat16> v;
+  v.bits = bits;
+  return float(v);
 }
 template <bool HALF>
 void apply_mma(void** operands, unsigned) {
