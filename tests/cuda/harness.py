@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # Mutants of the kernels lie elsewhere.
 KERNELS = Path(os.environ.get("FASTLORA_CUDA_KERNELS", ROOT / "kernels" / "cuda"))
 EMULATOR = Path(__file__).parent / "emulate"
-CACHE, KEPT = ROOT / "build" / "cuda", 100  # files
+CACHE, KEPT = ROOT / "build" / "cuda", 200  # files
 # More than a wrong row or column jumps over.
 GUARD = 1 << 13
 COMMON = "-std=c++17 -g -fPIC -mf16c -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
@@ -71,6 +71,7 @@ def made(name, suffix, command, inputs):
             done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
             if done.returncode:
                 raise BuildError(done.stderr[-3000:])
+            output.with_suffix(".txt").write_text(done.stderr)
             # through a name in the same folder: whoever looks sees all of it or nothing
             beside = output.with_suffix(f".{os.getpid()}")
             shutil.copy(unfinished, beside)
@@ -97,12 +98,27 @@ def build(mode, kernels=KERNELS):
     return made(f"host-{mode}", ".so", ["g++", "-shared", *objects], objects)
 
 
-def build_for_gpu(arch=80, kernels=KERNELS):
-    """The kernels as nvcc compiles them for a GPU: loads anywhere."""
-    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    files = sources(kernels, ".cu")
-    command = ["nvcc", "-std=c++17", "-O3", target, "-shared", "-Xcompiler", "-fPIC", *files]
-    return made(f"sm_{arch}", ".so", command, [*files, *sources(kernels, ".h", ".cuh")])
+def compile_for_gpu(arch, kernels=KERNELS):
+    """{stem: object} of the kernels as nvcc compiles them; what ptxas says of each stands beside it, in .txt."""
+    target, headers = f"-gencode=arch=compute_{arch},code=sm_{arch}", sources(kernels, ".h", ".cuh")
+    flags = ["-std=c++17", "-O3", target, "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
+
+    def compile(source):
+        return made(f"{source.stem}-sm_{arch}", ".o", ["nvcc", *flags, "-c", source], [source, *headers])
+
+    with ThreadPoolExecutor(2) as pool:
+        files = sources(kernels, ".cu")
+        return dict(zip((f.stem for f in files), pool.map(compile, files), strict=True))
+
+
+def build_for_gpu(arch, kernels=KERNELS):
+    """The kernels as a library for one architecture. It loads anywhere."""
+    objects = list(compile_for_gpu(arch, kernels).values())
+    return made(f"sm_{arch}", ".so", ["nvcc", "-shared", *objects], objects)
+
+
+def reference(params):
+    return None if params is None else ctypes.byref(params)
 
 
 class Library:
@@ -117,7 +133,7 @@ class Library:
         self.emulated = hasattr(self.library, "emulate_seed")
         if self.emulated:
             self.library.emulate_seed.argtypes = [ctypes.c_uint64]
-            self.library.emulate_conflicts.restype = ctypes.c_uint64
+            self.library.emulate_conflicts.restype = self.library.emulate_shared.restype = ctypes.c_uint64
             self.library.emulate_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
     def declare(self, tensors, schedule=0):
@@ -133,7 +149,7 @@ class Library:
 
     def call(self, launcher, params):
         """The launcher's status."""
-        status = getattr(self.library, launcher)(ctypes.byref(params) if params is not None else None, None)
+        status = getattr(self.library, launcher)(reference(params), None)
         if not self.emulated:
             torch.cuda.synchronize()
         return status

@@ -288,6 +288,7 @@ const char* cudaGetErrorString(cudaError_t) { return emulate::message.c_str(); }
 extern "C" {
 void emulate_seed(uint64_t s) { emulate::seed = s; }
 uint64_t emulate_conflicts() { return emulate::take_conflicts(); }
+uint64_t emulate_shared() { return emulate::dynamic_bytes; }
 void emulate_forget() { emulate::buffers.clear(); }
 void emulate_buffer(const char* start, size_t bytes, int writable) {
   emulate::Buffer b{bytes, writable != 0, {}};
