@@ -1,6 +1,6 @@
 // Tiles of 16-bit elements in shared memory, the instructions that move and multiply them, and dropout's mask. The only
-// file with PTX and the only one that tells a device compiler from a host compiler, which has the names between #ifdef
-// and #else from tests/cuda/emulate.
+// file with PTX and the only one that tells a device compiler from a host compiler, which is given the names between
+// #ifdef and #endif by tests/cuda/emulate.
 #pragma once
 #include "params.h"
 #ifdef __CUDACC__
@@ -36,8 +36,6 @@ DEVICE void copy_async(void* to, const void* from, int bytes) {
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
-#else
-#include "emulate.h"
 #endif
 
 #define UNROLL _Pragma("unroll")

@@ -5,6 +5,7 @@ The structs of kernels/cuda/params.h are read from that file, and so are its enu
 
 import ctypes
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -23,7 +24,8 @@ EMULATOR = Path(__file__).parent / "emulate"
 CACHE, KEPT = ROOT / "build" / "cuda", 200  # files
 # More than a wrong row or column jumps over.
 GUARD = 1 << 13
-COMMON = "-std=c++17 -g -fPIC -mf16c -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+NO_RESERVE = 0x4000  # Linux' MAP_NORESERVE, which Python has since 3.13
+COMMON = ["-std=c++17", "-g", "-fPIC", "-mf16c", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 MODES = {"plain": ["-O2"], "checked": ["-O1", "-fsanitize=thread"]}
 NO_STATUS = ("FASTLORA_BF16", "FASTLORA_FP16", "FASTLORA_PARTS", "FASTLORA_TILE", "FASTLORA_CUDA")
 SCALARS = {"int": ctypes.c_int, "long long": ctypes.c_longlong, "float": ctypes.c_float}
@@ -87,7 +89,7 @@ def build(mode, kernels=KERNELS):
     def compile(source):
         flags, includes, inputs = ["-O2"], [f"-I{EMULATOR}"], [source, *headers]
         if source.suffix == ".cu":
-            flags, inputs = ["-x", "c++", *MODES[mode]], [*inputs, *own]
+            flags, inputs = ["-x", "c++", "-include", "emulate.h", *MODES[mode]], [*inputs, *own]
             includes.append(f"-I{kernels}")
         command = ["g++", *COMMON, *flags, *includes, "-c", source]
         return made(source.stem, ".o", command, inputs)
@@ -176,7 +178,7 @@ def library(mode):
 
 
 def guarded(shape, dtype, stride=None, shift=0, device="cpu"):
-    """A matrix or vector full of NaN between guards, `shift` elements off a multiple of 64 bytes; rows `stride` apart."""
+    """A matrix or vector of NaN between guards, `shift` elements off a multiple of 64 bytes; rows `stride` apart."""
     stride = shape[-1] if stride is None else stride
     strides = (stride, 1)[-len(shape) :]
     size = torch.empty(0, dtype=dtype).element_size()
@@ -185,6 +187,13 @@ def guarded(shape, dtype, stride=None, shift=0, device="cpu"):
     start = GUARD + -raw.data_ptr() % 64 + shift * size
     whole = raw[start : start + -(-extent // size) * size].view(dtype)
     return whole.as_strided(shape, strides)
+
+
+def far_apart(rows, columns, dtype, stride):
+    """A matrix whose rows lie gigabytes apart, in memory that is only reserved."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    room = mmap.mmap(-1, (rows * stride + columns) * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    return torch.frombuffer(room, dtype=dtype).as_strided((rows, columns), (stride, 1))
 
 
 def outside(tensor):
@@ -227,7 +236,7 @@ def refused(library, launcher, params, path, value):
 
 
 def assert_close(actual, truth, size, exact):
-    """`exact`: small integers, whose sums are exact in fp32 in any order. Else: one rounding, and fp32's in the sums."""
+    """`exact`: small integers, whose sums are exact in fp32 in any order. Else one rounding, and fp32's in the sums."""
     if exact:
         wrong = actual != truth.to(actual.dtype)
     else:

@@ -49,7 +49,12 @@ SIZE = 2048
 
 
 class Probe(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("count", ctypes.c_void_p), ("input", ctypes.c_void_p), ("which", ctypes.c_int)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("count", ctypes.c_void_p),
+        ("input", ctypes.c_void_p),
+        ("which", ctypes.c_int),
+    ]
 
 
 def run(library, which, blocks, schedule, values=None):

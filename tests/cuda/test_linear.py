@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 import harness
 import pytest
 import torch
-from fastlora.ops.dropout import dropout_mask, scale
 from harness import assert_close, set_matrix, set_parts
+
+from fastlora.ops.dropout import dropout_mask, scale
 
 SCHEDULES = {"plain": (0, 1, 2, 3), "checked": (0, 3)}
 SEED = 0x1234_5678_9ABC_DEF
@@ -178,6 +179,24 @@ def test_mask(n):
     y, _ = problem.run(harness.library("plain"), 3)
     keep = dropout_mask((67, n), 0.3, torch.tensor(SEED))
     assert torch.equal(y, torch.where(keep, scale(0.3), 0.0).to(y.dtype))
+
+
+@pytest.mark.parametrize("name", ["x", "w", "z", "y"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_far_apart(name, transposed):
+    """Offsets beyond 2^31 elements."""
+    problem, library = Problem(Case(4, 40, 40, (8,), transposed=transposed)), harness.library("plain")
+    y = harness.guarded((4, 40), torch.bfloat16)
+    tensors = dict(x=problem.x, w=problem.w, z=problem.z, y=y)
+    near = tensors[name]
+    far = harness.far_apart(*near.shape, torch.bfloat16, 2**31 // (near.shape[0] - 1) + 8)
+    tensors[name] = far.copy_(near)
+    params = problem.params(library, tensors["y"], None)
+    for key, t in tensors.items():
+        set_matrix(getattr(params, key), t)
+    tensors = {key: (t, 1) for key, t in (tensors | {"b": problem.b[0]}).items()}
+    library.launch("launch_linear", params, tensors, 2)
+    problem.check(tensors["y"][0], None)
 
 
 def test_dropped_values_may_be_anything():

@@ -1,6 +1,6 @@
 """What nvcc makes of the kernels: the half of tile.cuh that no host runs, and the resources of each. Needs no GPU.
 
-    python tests/cuda/test_ptx.py --record    writes the resources into kernels/resources-cuda.json and kernels/README.md
+python tests/cuda/test_ptx.py --record    writes the resources into kernels/resources-cuda.json and kernels/README.md
 """
 
 import json
@@ -43,7 +43,9 @@ PROBE(copy) { copy_async(s, in, 6); copy_async_commit(); copy_async_wait<2>(); }
 
 
 def nvcc(*arguments):
-    done = subprocess.run([NVCC, "-std=c++17", "-O3", f"-I{harness.KERNELS}", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [NVCC, "-std=c++17", "-O3", f"-I{harness.KERNELS}", *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
@@ -61,7 +63,7 @@ def probes(arch):
 def origin(body):
     """register → byte offset that it was loaded from; then also what was stored where."""
     offset = {}
-    for kind, registers, place in re.findall(r"(ld|st)\.(?:global)[\w.:]*\s+(.*?);\s*()", body):
+    for kind, registers in re.findall(r"(ld|st)\.global[\w.:]*\s+(.*?);", body):
         address = re.search(r"\[%rd\d+(?:\+(\d+))?\]", registers)
         names = re.findall(r"%[rf]\d+", re.sub(r"\[.*?\]", "", registers))
         for i, name in enumerate(names):

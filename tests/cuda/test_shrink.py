@@ -1,12 +1,13 @@
-"""The shrink on the emulator, against float64: values, masks, the order of split sums, counters, workspace, refusals."""
+"""The shrink on the emulator, against float64: values, masks, the order of sums, counters, workspace, refusals."""
 
 from dataclasses import dataclass, replace
 
 import harness
 import pytest
 import torch
-from fastlora.ops.dropout import dropout_mask, scale
 from harness import assert_close, set_matrix, set_parts
+
+from fastlora.ops.dropout import dropout_mask, scale
 
 SCHEDULES = {"plain": (0, 1, 2, 3, 6, 7), "checked": (0, 3)}
 SEED = 0x1234_5678_9ABC_DEF
@@ -49,7 +50,7 @@ class Problem:
         self.x = tensor(case.m, case.k)
         self.a = [tensor(r, case.k) for r in case.ranks]
         if case.cancel:
-            # The second half of K undoes the first: what is left is rounding, and shows in which order parts were added.
+            # The second half of K undoes the first: what is left is rounding, and shows the order of the sum.
             half = case.k // 2
             self.x[:, half:] = self.x[:, :half]
             for a in self.a:
@@ -149,7 +150,10 @@ def both(cases):
                 yield replace(case, exact=exact, name=f"{case}{', exact' if exact else ''}")
 
 
-CANCEL = [Case(16, 512, (16,), 4, cancel=True, name="halves cancel"), Case(70, 1024, (8,), 8, cancel=True, name="they too")]
+CANCEL = [
+    Case(16, 512, (16,), 4, cancel=True, name="halves cancel"),
+    Case(70, 1024, (8,), 8, cancel=True, name="they too"),
+]
 
 
 @pytest.mark.parametrize("mode", harness.MODES)
