@@ -1,6 +1,7 @@
 """Builds the CUDA kernels, with g++ against the emulator or with nvcc, and calls their launchers on torch tensors.
 
-The structs of kernels/cuda/params.h are read from that file, and so are its enums: nothing is repeated here.
+The structs and enums are read from kernels/cuda/params.h. With FASTLORA_CUDA_DEVICE=cuda, test_linear.py and
+test_shrink.py run their cases on a GPU.
 """
 
 import ctypes
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from fastlora.ops.dropout import dropout_mask
+
 ROOT = Path(__file__).parents[2]
 # Mutants of the kernels lie elsewhere.
 KERNELS = Path(os.environ.get("FASTLORA_CUDA_KERNELS", ROOT / "kernels" / "cuda"))
@@ -26,7 +29,11 @@ CACHE, KEPT = ROOT / "build" / "cuda", 200  # files
 GUARD = 1 << 13
 NO_RESERVE = 0x4000  # Linux' MAP_NORESERVE, which Python has since 3.13
 COMMON = ["-std=c++17", "-g", "-fPIC", "-mf16c", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-MODES = {"plain": ["-O2"], "checked": ["-O1", "-fsanitize=thread"]}
+# "cuda" runs the same cases on a GPU, in the library that nvcc makes for it.
+DEVICE = os.environ.get("FASTLORA_CUDA_DEVICE", "cpu")
+SEED = 0x1234_5678_9ABC_DEF
+FLAGS = {"plain": ["-O2"], "checked": ["-O1", "-fsanitize=thread"]}
+MODES = list(FLAGS) if DEVICE == "cpu" else ["gpu"]
 NO_STATUS = ("FASTLORA_BF16", "FASTLORA_FP16", "FASTLORA_PARTS", "FASTLORA_TILE", "FASTLORA_CUDA")
 SCALARS = {"int": ctypes.c_int, "long long": ctypes.c_longlong, "float": ctypes.c_float}
 
@@ -89,7 +96,7 @@ def build(mode, kernels=KERNELS):
     def compile(source):
         flags, includes, inputs = ["-O2"], [f"-I{EMULATOR}"], [source, *headers]
         if source.suffix == ".cu":
-            flags, inputs = ["-x", "c++", "-include", "emulate.h", *MODES[mode]], [*inputs, *own]
+            flags, inputs = ["-x", "c++", "-include", "emulate.h", *FLAGS[mode]], [*inputs, *own]
             includes.append(f"-I{kernels}")
         command = ["g++", *COMMON, *flags, *includes, "-c", source]
         return made(source.stem, ".o", command, inputs)
@@ -173,11 +180,19 @@ class Library:
 
 
 @cache
-def library(mode):
-    return Library(build(mode))
+def library(mode=MODES[0]):
+    if mode != "gpu":
+        return Library(build(mode))
+    major, minor = torch.cuda.get_device_capability()
+    return Library(build_for_gpu(10 * major + minor))
 
 
-def guarded(shape, dtype, stride=None, shift=0, device="cpu"):
+def mask(shape, p):
+    """True where the reference's dropout keeps an element."""
+    return dropout_mask(shape, p, torch.tensor(SEED, device=DEVICE))
+
+
+def guarded(shape, dtype, stride=None, shift=0, device=DEVICE):
     """A matrix or vector of NaN between guards, `shift` elements off a multiple of 64 bytes; rows `stride` apart."""
     stride = shape[-1] if stride is None else stride
     strides = (stride, 1)[-len(shape) :]

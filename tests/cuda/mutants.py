@@ -10,7 +10,9 @@ The checked build is asked about those that the plain one lets pass, the tests o
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,9 +52,13 @@ def run(tests, kernels, *choice):
     """None if the tests pass on these kernels, else what kind of failure came first."""
     command = [PYTEST, "-x", "-q", "-p", "no:cacheprovider", *(TESTS / t for t in tests), *choice]
     environment = {**os.environ, "FASTLORA_CUDA_KERNELS": str(kernels)}
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
-    except subprocess.TimeoutExpired:
+
+    def limit():
+        # of its own time, not of the clock's: others may use the machine
+        resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=limit)
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return "hangs"
     if done.returncode in (0, 5):
         return None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.skipif(harness.DEVICE != "cpu", reason="about the emulator")
 RIGHT = None
 # name: (case, blocks, what the plain build says, what the checked build says)
 VERDICTS = {

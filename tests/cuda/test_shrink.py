@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 import harness
 import pytest
 import torch
-from harness import assert_close, set_matrix, set_parts
+from harness import SEED, assert_close, mask, set_matrix, set_parts
 
-from fastlora.ops.dropout import dropout_mask, scale
+from fastlora.ops.dropout import scale
 
-SCHEDULES = {"plain": (0, 1, 2, 3, 6, 7), "checked": (0, 3)}
-SEED = 0x1234_5678_9ABC_DEF
+SCHEDULES = {"plain": (0, 1, 2, 3, 6, 7), "checked": (0, 3), "gpu": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Problem:
         wide = torch.float64
         x, a = self.x.to(wide), torch.cat([a.to(wide) for a in self.a])
         if case.p:
-            x = torch.where(dropout_mask(x.shape, case.p, torch.tensor(SEED)), x, 0.0) * scale(case.p)
+            x = torch.where(mask(x.shape, case.p), x, 0.0) * scale(case.p)
         self.z, self.size = x @ a.t(), x.abs() @ a.abs().t()
         g = self.scale * (1 if self.g is None else self.g.to(wide))
         self.zg, self.zg_size = self.z * g, self.size * abs(g)
@@ -176,18 +175,18 @@ def test_mask(k):
     problem = Problem(Case(67, k, (k,), p=0.3))
     problem.x.fill_(1)
     problem.a[0].copy_(torch.eye(k))
-    z, _ = problem.run(harness.library("plain"), 3)
-    keep = dropout_mask((67, k), 0.3, torch.tensor(SEED))
+    z, _ = problem.run(harness.library(), 3)
+    keep = mask((67, k), 0.3)
     assert torch.equal(z, torch.where(keep, scale(0.3), 0.0).float())
 
 
 def test_dropped_values_may_be_anything():
     """A dropped infinity is zero, as in the reference, and no NaN."""
     problem = Problem(Case(16, 40, (8,), p=0.5))
-    keep = dropout_mask((16, 40), 0.5, torch.tensor(SEED))
+    keep = mask((16, 40), 0.5)
     problem.x[:, 7] = float("inf")
     problem.a[0].fill_(1)
-    z, _ = problem.run(harness.library("plain"), 0)
+    z, _ = problem.run(harness.library(), 0)
     assert torch.equal(torch.isinf(z[:, 0]), keep[:, 7]) and not torch.isnan(z).any()
 
 
@@ -228,7 +227,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize("status, path, value", REFUSALS)
 def test_refusals(status, path, value):
-    library, problem = harness.library("plain"), Problem(Case(20, 40, (8, 4), 2, p=0.5, gate="token"))
+    library, problem = harness.library(), Problem(Case(20, 40, (8, 4), 2, p=0.5, gate="token"))
     (z, zg), workspace = problem.outputs(), problem.workspace(library)
     tensors = [problem.x, *problem.a, problem.g, problem.seed, z, zg, *workspace]
     params = problem.params(library, z, zg, workspace)
@@ -238,7 +237,7 @@ def test_refusals(status, path, value):
 
 
 def test_no_params_and_no_outputs():
-    library = harness.library("plain")
+    library = harness.library()
     assert library.call("launch_shrink", None) == library.constants["FASTLORA_NULL"]
     problem = Problem(Case(20, 40, (8,)))
     params = problem.params(library, None, None, problem.workspace(library))
@@ -248,7 +247,7 @@ def test_no_params_and_no_outputs():
 
 @pytest.mark.parametrize("m, ranks", [(0, (8,)), (20, (0,)), (20, ())])
 def test_nothing_to_do(m, ranks):
-    library, problem = harness.library("plain"), Problem(Case(max(m, 1), 40, ranks or (0,)))
+    library, problem = harness.library(), Problem(Case(max(m, 1), 40, ranks or (0,)))
     params = problem.params(library, None, None, (torch.zeros(1), torch.zeros(1)))
     params.m, params.count = m, len(ranks)
     library.declare({"x": (problem.x, 0), "a": (problem.a[0], 0)})
