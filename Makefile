@@ -10,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo serve test test-all bench lint build clean
+.PHONY: demo serve test test-all bench mutants lint build clean
 .DELETE_ON_ERROR:
 
 build: .venv/built
@@ -57,6 +57,10 @@ bench: build
 	$(BIN)/python -m benchmarks.run --op mixture --device cpu
 	$(BIN)/python -m benchmarks.composition
 	$(BIN)/python -m benchmarks.plot
+
+# Bugs planted in the CUDA kernels, one at a time: 20 minutes.
+mutants: build
+	$(BIN)/python tests/cuda/mutants.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
