@@ -1,6 +1,6 @@
 """What nvcc makes of the kernels: the half of tile.cuh that no host runs, and the resources of each. Needs no GPU.
 
-python tests/cuda/test_ptx.py --record    writes the resources into kernels/resources-cuda.json and kernels/README.md
+python tests/cuda/test_ptx.py --record    writes the resources into resources.json and kernels/README.md
 """
 
 import json
@@ -20,7 +20,7 @@ import test_shrink
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(not NVCC, reason="no nvcc")
 ARCHITECTURES = (80, 90)
-RECORD, README = harness.ROOT / "kernels" / "resources-cuda.json", harness.ROOT / "kernels" / "README.md"
+RECORD, README = Path(__file__).with_name("resources.json"), harness.ROOT / "kernels" / "README.md"
 MARKS = "<!-- cuda resources -->", "<!-- end of cuda resources -->"
 COSTS = ("registers", "stack", "spills", "shared")
 # What a thread loads from `in` goes through a wrapper to `out`: where it ends up shows the order of the operands.
