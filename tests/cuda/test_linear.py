@@ -157,7 +157,7 @@ def both(cases):
 
 
 @pytest.mark.parametrize("mode", harness.MODES)
-@pytest.mark.parametrize("case", both(BASE + DROPOUT), ids=str)
+@pytest.mark.parametrize("case", list(both(BASE + DROPOUT)), ids=str)
 def test_linear(case, mode):
     """Right, and the same bits in whatever order threads and blocks run."""
     problem, first = Problem(case), None
