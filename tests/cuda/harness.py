@@ -71,7 +71,9 @@ def made(name, suffix, command, inputs):
     """CACHE/name-….suffix as `command` makes it, unless it is there for the same command and the same inputs."""
     key = repr([command, [(p.name, p.read_bytes()) for p in inputs]])
     output = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}{suffix}"
-    if not output.exists():
+    if output.exists():
+        os.utime(output)  # what is in use is not the oldest
+    else:
         CACHE.mkdir(parents=True, exist_ok=True)
         for old in sorted(CACHE.iterdir(), key=os.path.getmtime)[:-KEPT]:
             old.unlink(missing_ok=True)
