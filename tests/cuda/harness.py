@@ -4,6 +4,7 @@ The structs and enums are read from kernels/params.h. With FASTLORA_CUDA_DEVICE=
 test_shrink.py run their cases on a GPU.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import mmap
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from fastlora.ops.dropout import dropout_mask
+from fastlora.ops.dropout import dropout_mask, philox
 
 ROOT = Path(__file__).parents[2]
 # Mutants of the kernels lie elsewhere.
@@ -67,6 +68,14 @@ def sources(folder, *suffixes):
     return sorted(p for p in folder.iterdir() if p.suffix in suffixes)
 
 
+@cache
+def forget_the_oldest():
+    """Once a process: other processes may do the same."""
+    with contextlib.suppress(FileNotFoundError):
+        for old in sorted(CACHE.iterdir(), key=os.path.getmtime)[:-KEPT]:
+            old.unlink()
+
+
 def made(name, suffix, command, inputs):
     """CACHE/name-….suffix as `command` makes it, unless it is there for the same command and the same inputs."""
     key = repr([command, [(p.name, p.read_bytes()) for p in inputs]])
@@ -75,8 +84,6 @@ def made(name, suffix, command, inputs):
         os.utime(output)  # what is in use is not the oldest
     else:
         CACHE.mkdir(parents=True, exist_ok=True)
-        for old in sorted(CACHE.iterdir(), key=os.path.getmtime)[:-KEPT]:
-            old.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             unfinished = Path(folder) / output.name
             done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
@@ -92,6 +99,7 @@ def made(name, suffix, command, inputs):
 
 def build(mode, kernels=KERNELS):
     """The kernels and the emulator as one library; `checked` hears of every load and store."""
+    forget_the_oldest()
     headers, own = sources(EMULATOR, ".h"), sources(kernels, ".h", ".cuh")
     tests = Path(__file__).parent / "engine.cu"
 
@@ -187,6 +195,12 @@ def library(mode=MODES[0]):
         return Library(build(mode))
     major, minor = torch.cuda.get_device_capability()
     return Library(build_for_gpu(10 * major + minor))
+
+
+def edge():
+    """The p whose threshold is the lane of the first element: that one is kept, only just."""
+    words = philox(torch.zeros(1, dtype=torch.int64), torch.tensor(SEED))
+    return (int(words[0, 0]) & 0xFFFF) / 65536
 
 
 def mask(shape, p):

@@ -168,16 +168,16 @@ def test_linear(case, mode):
         assert torch.equal(y.view(torch.int16), first.view(torch.int16)), f"schedule {schedule} gives other bits"
 
 
+@pytest.mark.parametrize("p", [0.3, harness.edge()])
 @pytest.mark.parametrize("n", [64, 61, 136])
-def test_mask(n):
+def test_mask(n, p):
     """The update alone, of ones: y is the mask itself, bit for bit."""
-    case = Case(67, n, 0, (1,), p=0.3)
+    case = Case(67, n, 0, (1,), p=p)
     problem = Problem(case)
     problem.z.fill_(1)
     problem.b[0].fill_(1)
     y, _ = problem.run(harness.library(), 3)
-    keep = mask((67, n), 0.3)
-    assert torch.equal(y, torch.where(keep, scale(0.3), 0.0).to(y.dtype))
+    assert torch.equal(y, torch.where(mask((67, n), p), scale(p), 0.0).to(y.dtype))
 
 
 @pytest.mark.skipif(harness.DEVICE != "cpu", reason="reserves memory of the host")

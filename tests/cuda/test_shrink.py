@@ -169,15 +169,15 @@ def test_shrink(case, mode):
         assert all(map(torch.equal, bits, first)), f"schedule {schedule} gives other bits"
 
 
+@pytest.mark.parametrize("p", [0.3, harness.edge()])
 @pytest.mark.parametrize("k", [64, 61, 72])
-def test_mask(k):
+def test_mask(k, p):
     """a is the identity: z is the mask itself, bit for bit."""
-    problem = Problem(Case(67, k, (k,), p=0.3))
+    problem = Problem(Case(67, k, (k,), p=p))
     problem.x.fill_(1)
     problem.a[0].copy_(torch.eye(k))
     z, _ = problem.run(harness.library(), 3)
-    keep = mask((67, k), 0.3)
-    assert torch.equal(z, torch.where(keep, scale(0.3), 0.0).float())
+    assert torch.equal(z, torch.where(mask((67, k), p), scale(p), 0.0).float())
 
 
 def test_dropped_values_may_be_anything():
