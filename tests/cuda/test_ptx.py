@@ -102,7 +102,9 @@ def test_ldmatrix(arch, name, suffix):
 def test_copies(arch):
     """Target, source, 16, and how many of the 16 bytes are read; committed, then waited for."""
     body = probes(arch)["copy"]
-    to, source, size, count = operands(body, "cp.async.cg.shared.global")
+    given = operands(body, "cp.async.cg.shared.global")
+    assert len(given) == 4
+    to, source, size, count = given
     moved = dict(re.findall(r"mov\.[bu]32\s+(%r\d+), (\w+);", body))
     assert moved.get(to[1:-1], to[1:-1]) == "s" and "%rd" in source
     assert size == "16" and moved.get(count, count) == "6"
