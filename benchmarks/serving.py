@@ -16,13 +16,13 @@ from pathlib import Path
 
 import peft
 import torch
-from fastlora.serve.batch import Batch
-from fastlora.serve.engine import Engine
-from fastlora.serve.pages import pages_for
 from torch import nn
 
 from fastlora import serve
 from fastlora.nn.switch import selected
+from fastlora.serve.batch import Batch
+from fastlora.serve.engine import Engine
+from fastlora.serve.pages import pages_for
 
 from . import machine, models
 from .cases import DTYPES

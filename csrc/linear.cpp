@@ -20,7 +20,6 @@ LinearForward run(FASTLORA_LINEAR_ARGS, bool want_z) {
 }  // namespace
 
 Tensor lora_linear(FASTLORA_LINEAR_ARGS) { return std::get<0>(run(FASTLORA_LINEAR, false)); }
-
 LinearForward lora_linear_forward(FASTLORA_LINEAR_ARGS) { return run(FASTLORA_LINEAR, true); }
 
 LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {

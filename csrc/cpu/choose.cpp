@@ -1,11 +1,13 @@
 // Which instruction set and which form: from what the CPU can do, the type and the shape, nothing else.
 #include "choose.h"
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <cstdlib>
 #include <stdexcept>
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastlora::cpu {
 namespace {
@@ -22,8 +24,10 @@ bool runs(Isa isa) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     case kAvx512Bf16:
       return runs(kAvx512) && __builtin_cpu_supports("avx512bf16");
-    case kAmx:   // the kernel gives a process its tile registers on request (ARCH_REQ_XCOMP_PERM, XTILEDATA)
+#ifdef __linux__
+    case kAmx:   // a process gets tile registers on request (ARCH_REQ_XCOMP_PERM, XTILEDATA)
       return runs(kAvx512Bf16) && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#endif
     default:
       break;
   }
@@ -105,7 +109,7 @@ int64_t scratch_bytes(const Gemm& p) {
   int64_t padded = p.R + 16;
   int64_t dot = kDotRows * (padded + p.R + 2 * 8 * 16) * 4 + 8 * padded * 4 + (p.a ? p.R * (p.K + 32) * 2 : 0);
   int64_t tiled = tile_bytes(p.K) + tile_bytes(padded + 16) + (6 * kTileBlock + 64) * (padded + 32) + 4096;
-  return factors + tiles + w + sums + direct + dot + (p.type == kBFloat16 ? tiled : 0) + 4096;
+  return factors + tiles + w + sums + direct + dot + (p.type == kBFloat16 && cpu().amx ? tiled : 0) + 4096;
 }
 int64_t scratch_bytes(const Shrink& p) {
   int64_t copies = p.R * (p.K + 32) * 4 + p.adapters * (sizeof(Factor) + 64);

@@ -104,8 +104,7 @@ void run(Gemm p, const Tensor& x, const Tensor& w, Tensor out) {
   Form form = choose({p.type, p.M, p.N, p.K, p.R, p.w_along_k, p.mask.threshold != 0}, cpu());
   if (form == kVendor && (p.c || p.u)) form = kPacked;
   Tensor ahead;
-  // each thread may compute all of z for itself: with more rows the others' waking is a smaller part
-  const int64_t worth = form == kTiles && p.M >= 64 ? 32 : 4;
+  const int64_t worth = form == kTiles && p.M >= 64 ? 32 : 4;   // else each thread computes all of z for itself
   if (p.a && (form > kTiles || p.R * threads * worth > p.N)) {
     if (!p.z_out) {
       ahead = make({p.M, p.R}, x, at::kFloat);

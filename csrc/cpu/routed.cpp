@@ -203,7 +203,6 @@ std::optional<RoutedBackward> run_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
 namespace fastlora {
 
 Tensor lora_routed(FASTLORA_ROUTED_ARGS) { return std::get<0>(cpu::run_routed(FASTLORA_ROUTED, false)); }
-
 RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS) { return cpu::run_routed(FASTLORA_ROUTED, true); }
 
 RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {

@@ -19,28 +19,28 @@ struct Panels {
   }
 };
 
-// The tiles 0 .. 3 += `count` rows of w times one panel of 32 rows of x; edge: room for 32 x 32 of w
-INLINE void multiply_tiles(const bf16* w, int64_t ldw, int64_t count, int64_t K, const Panels& x, int64_t row, bool two,
+// The tiles 0 .. 3 += up to 32 rows of w times `rows` of a panel of x, both in halves of 16; edge: room for 32 x 32 of w
+INLINE void multiply_tiles(const bf16* w, int64_t ldw, int64_t count, int64_t K, const Panels& x, int64_t row, int64_t rows,
                            bf16* edge) {
+  const bool tall = count > VL, wide = rows > VL;
   for (int64_t k = 0; k < K; k += 32) {
     const bf16* at = w + k;
     int64_t ld = ldw;
-    if (count < 32 || K - k < 32) {
-      for (int64_t j = 0; j < 32; j++)
+    if (count % VL || K - k < 32) {
+      for (int64_t j = 0; j < (tall ? 32 : VL); j++)
         put(edge + j * 32, j < count ? get_wide_part((const uint16_t*)at + j * ldw, min(32, K - k)) : vw{});
       at = edge, ld = 32;
     }
     const float* panel = x.at(row, k);
     asm volatile("" ::: "memory");
     _tile_loadd(4, at, ld * 2);
-    _tile_loadd(5, at + 16 * ld, ld * 2);
     _tile_loadd(6, panel, kPanel * 4);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    if (!two) continue;
-    _tile_loadd(7, panel + VL, kPanel * 4);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+    if (tall) _tile_loadd(5, at + 16 * ld, ld * 2);
+    if (tall) _tile_dpbf16ps(1, 5, 6);
+    if (wide) _tile_loadd(7, panel + VL, kPanel * 4);
+    if (wide) _tile_dpbf16ps(2, 4, 7);
+    if (wide && tall) _tile_dpbf16ps(3, 5, 7);
   }
 }
 
@@ -85,7 +85,7 @@ void shrink_panels(const Panels& x, int64_t rows, int64_t K, int adapters, const
     const bf16* at = factor_rows<bf16>(a[e], K, lda, mine);
     for (int64_t r = 0; r < a[e].rank; r += 32)
       for (int64_t m = 0; m < rows; m += kPanel) {
-        multiply_tiles(at + r * lda, lda, min(32, a[e].rank - r), K, x, m, rows - m > VL, edge);
+        multiply_tiles(at + r * lda, lda, min(32, a[e].rank - r), K, x, m, rows - m, edge);
         each_row(rows - m, a[e].rank - r, [&](int64_t i, int64_t n, vf v, int64_t count) __attribute__((always_inline)) {
           store_upto(z + (m + i) * ldz + r + n, v * scale, count);
         });
@@ -125,9 +125,8 @@ void gemm_tiles(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, S
       const int64_t count = min(32, n1 - n);
       for (int64_t j = 0; j < count; j++) factor_row<bf16>(p, n + j, f + j * width);
       for (int64_t i = 0; i < rows; i += kPanel) {
-        const bool two = rows - i > VL;
-        multiply_tiles((const bf16*)p.w + n * p.ldw, p.ldw, count, p.K, x, i, two, edge);
-        multiply_tiles(f, width, 32, width, z_panels, i, two, edge);
+        multiply_tiles((const bf16*)p.w + n * p.ldw, p.ldw, count, p.K, x, i, rows - i, edge);
+        multiply_tiles(f, width, 32, width, z_panels, i, rows - i, edge);
         each_row(rows - i, count, [&](int64_t at, int64_t c, vf v, int64_t left) __attribute__((always_inline)) {
           finish<bf16>(p, m + i + at, n + c, v, left);
         });

@@ -4,7 +4,6 @@ import asyncio
 import functools
 import time
 
-from fastlora.serve.engine import Stopped
 from fastlora.serve.pool import PoolFull
 from fastlora.serve.spec import Refused, adapters_of, unknown
 from fastlora.serve.text import Text
@@ -34,7 +33,7 @@ class Answer:
         except KeyError:
             raise unknown(body.model) from None
         except ValueError as error:
-            raise Refused(400, str(error), param="max_tokens") from None
+            raise Refused(400, str(error)) from None
         server.streams += count
         server.metrics.prompt_tokens.inc(length)
         self.texts, self.ended, self.last = [Text(server.tokenizer, body.stop or ()) for _ in calls], {}, {}
@@ -55,7 +54,8 @@ class Answer:
             except TimeoutError:
                 continue
             if isinstance(finish, Exception):
-                raise unknown(self.body.model) if isinstance(finish, KeyError) else Stopped(str(finish))
+                gone = isinstance(finish, KeyError)
+                raise unknown(self.body.model) if gone else Refused(503, str(finish), "ServiceUnavailableError")
             if number in self.ended:
                 continue
             text, now = self.texts[number], time.perf_counter()

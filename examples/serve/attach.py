@@ -5,8 +5,6 @@ import functools
 import weakref
 
 import torch
-from fastlora.serve.batch import Batch
-from fastlora.serve.pool import AdapterPool
 
 from fastlora.nn.bank import Chooser
 from fastlora.nn.convert import change_class, check_convertible, dense_weight
@@ -14,6 +12,8 @@ from fastlora.nn.linear import lora_class
 from fastlora.nn.switch import selection
 from fastlora.ops import check
 from fastlora.ops.routed import lora_routed_op
+from fastlora.serve.batch import Batch
+from fastlora.serve.pool import AdapterPool
 
 # model -> (its pool, which refers to it, weakly; hooks)
 _attached = weakref.WeakKeyDictionary()

@@ -52,9 +52,8 @@ class Packed:
     """
 
     def __init__(self, lists, rows, device, kept=()):
-        self.route = Route.from_rows(lists, rows, device)
-        self.lists, self.kept, self._last = lists, kept, None
-        self.base_only, self.pairs = self.route.base_only, frozenset()
+        self.route = route = Route.from_rows(lists, rows, device)
+        self.lists, self.kept, self._last, self.base_only, self.pairs = lists, kept, None, route.base_only, frozenset()
 
     def for_layer(self, x):
         tokens = x.shape[:-1].numel()

@@ -11,11 +11,12 @@ from collections import deque
 
 import torch
 import transformers
+from packaging.version import Version
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
 from fastlora.serve.batch import Packed
 from fastlora.serve.pool import PoolFull
 from fastlora.serve.sample import Draws
-from packaging.version import Version
-from transformers import ContinuousBatchingConfig, GenerationConfig
 
 SUPPORTED = ("5.20", "5.25")
 
@@ -104,7 +105,8 @@ class Engine:
             try:
                 self._admit(requests)
             except Exception:
-                list(map(self.cancel, requests))
+                for request in requests:
+                    self.cancel(request)
                 raise
         return requests
 
@@ -214,10 +216,9 @@ class Engine:
 
         def clear_cancelled_requests():
             # some cancellations were read before their requests were
-            known = scheduler.active_requests.keys() | scheduler.waiting_requests
-            for request in list(self._requests.values()):
-                if request.cancelled and request.id in known:
-                    scheduler.set_request_cancellation(request.id)
+            for name in [request.id for request in list(self._requests.values()) if request.cancelled]:
+                if name in scheduler.active_requests or name in scheduler.waiting_requests:
+                    scheduler.set_request_cancellation(name)
             states = clear()
             # no step runs now that could still read their adapters
             for state in states:

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
-from fastlora.serve.pages import pages_of
 
 from fastlora.checkpoint.folder import write_adapter
 from fastlora.nn.bank import TaskAdapter
 from fastlora.nn.convert import dense_weight, kind_of
 from fastlora.nn.layer import check_adapter, identity
+from fastlora.serve.pages import pages_of
 
 
 class Trained:

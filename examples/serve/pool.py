@@ -5,14 +5,14 @@ import math
 import threading
 
 import torch
-from fastlora.serve.held import Held, Lease, PoolFull, Trained
-from fastlora.serve.pages import ROWS, Arena, pages_of
-from fastlora.serve.read import read
 
 from fastlora.nn.convert import is_linear, kind_of
 from fastlora.nn.linear import DenseLoRA
 from fastlora.nn.switch import selected
 from fastlora.ops import check
+from fastlora.serve.held import Held, Lease, PoolFull, Trained
+from fastlora.serve.pages import ROWS, Arena, pages_of
+from fastlora.serve.read import read
 
 # a pool of so many adapters has room for them at this rank, on every layer
 USUAL_RANK = 16
@@ -189,10 +189,8 @@ class AdapterPool:
 
     def _read(self, name, source, unsafe):
         pairs = read(self.model, self.layers, source, self.max_rank, self.dtype, unsafe)
-        most = max(map(pages_of, pairs.values()))
-        check.value(
-            most <= self.page_count, "source", f"{most} pages on a layer", f"at most the pool's {self.page_count}"
-        )
+        most, room = max(map(pages_of, pairs.values())), self.page_count
+        check.value(most <= room, "source", f"{most} pages on a layer", f"at most the pool's {room}")
         if self._stream:
             pinned = {n: (p.lora_A.pin_memory(), p.lora_B.pin_memory()) for n, p in pairs.items()}
             pairs = {n: p._replace(lora_A=pinned[n][0], lora_B=pinned[n][1]) for n, p in pairs.items()}

@@ -41,10 +41,11 @@ def serve(args, parser):
         parser.error("--adapter takes NAME=PATH")
     try:
         import uvicorn
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         from fastlora.serve import attach
         from fastlora.serve.engine import Engine
         from fastlora.serve.server import Server
-        from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         parser.error(f"{error}: pip install --no-build-isolation '.[serve]'")
     start, name = time.perf_counter(), args.name or os.path.basename(os.path.normpath(args.model))

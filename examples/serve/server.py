@@ -12,13 +12,14 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
 from fastlora.serve.answer import Answer
 from fastlora.serve.engine import Stopped
 from fastlora.serve.metrics import Metrics
 from fastlora.serve.pool import PoolFull
 from fastlora.serve.spec import Chat, Completion, Load, Refused, Unload, unknown
 from fastlora.serve.text import Names
-from starlette.exceptions import HTTPException
 
 
 def refusal(status, message, kind="BadRequestError", param=None):
@@ -186,8 +187,8 @@ class Server:
                         begun.add(number)
                 if (body.stream_options or {}).get("include_usage"):
                     yield f"data: {json.dumps({**head, 'choices': [], 'usage': answer.usage})}\n\n"
-            except Stopped as error:
-                yield f"data: {refusal(503, str(error), 'ServiceUnavailableError').body.decode()}\n\n"
+            except Refused as error:
+                yield f"data: {refusal(*error.told).body.decode()}\n\n"
             yield "data: [DONE]\n\n"
 
         if body.stream:

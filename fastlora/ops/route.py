@@ -104,15 +104,15 @@ class Route:
 
         Raises ValueError where it does not fit in, before anything changes.
         """
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in ("order", "slots", "tiles")}
-        fits = self.tokens == other.tokens and all(len(new) <= len(old) for old, new in pairs.values())
-        got = f"{other.tokens} tokens, {len(other.slots)} entries and {len(other.tiles)} tiles"
-        room = f"{self.tokens} tokens, up to {len(self.slots)} entries and {len(self.tiles)} tiles"
-        check.value(fits, "other", got, room)
+        sizes = [(route.tokens, len(route.slots), len(route.tiles)) for route in (self, other)]
+        fits = sizes[0][0] == sizes[1][0] and all(new <= old for old, new in zip(*sizes, strict=True))
+        got, room = ("{} tokens, {} entries and {} tiles".format(*size) for size in reversed(sizes))
+        check.value(fits, "other", got, f"{room}, or fewer of the last two")
         # a tile of zeros is one without tokens
         self.tiles.zero_()
-        for old, new in (*pairs.values(), (self.offsets, other.offsets), (self.gates, other.gates)):
-            old[: len(new)].copy_(new, non_blocking=True)
+        for name in ("offsets", "order", "slots", "gates", "tiles"):
+            new = getattr(other, name)
+            getattr(self, name)[: len(new)].copy_(new, non_blocking=True)
         self.plan, self.base_only = other.plan, other.base_only
         self.tensors = self.offsets, self.slots, self.order, self.tiles, self.plan
         return self

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 import triton
-from fastlora.kernels import dropout as dropout_module
-from fastlora.kernels import expand, linear, routed, shrink, tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fastlora.kernels import dropout as dropout_module
+from fastlora.kernels import expand, linear, routed, shrink, tile
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "kernels" / "resources.json"

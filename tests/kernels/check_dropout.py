@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from fastlora.kernels import dropout, shrink, tile
 
 

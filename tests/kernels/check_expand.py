@@ -4,6 +4,7 @@ import harness
 import pytest
 import torch
 from exactness import assert_accurate, poison
+
 from fastlora.kernels import expand, tile
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

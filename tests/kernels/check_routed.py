@@ -6,9 +6,9 @@ import harness
 import pytest
 import torch
 from exactness import assert_accurate, poison
-from fastlora.kernels import routed
 
 import fastlora
+from fastlora.kernels import routed
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 RANKS = (8, 3, 16, 0, 40, 1)

@@ -34,7 +34,7 @@ def test_a_route_is_rewritten_where_it_lies():
     assert places == [t.data_ptr() for t in (*room.tensors[:4], room.gates)]
     before = [t.clone() for t in (*room.tensors, room.gates)]
     for other in (Route.from_lists([[(0, 1.0)] * 7, [], [], []]), Route.from_lists([[(0, 1.0)]])):
-        with pytest.raises(ValueError, match="fastlora: other: got .*, expected 4 tokens, up to 6 entries and 5 tiles"):
+        with pytest.raises(ValueError, match="fastlora: other: got .*, expected 4 tokens, 6 entries and 5 tiles"):
             room.copy_(other)
     assert all(map(torch.equal, before, (*room.tensors, room.gates)))
 

@@ -1,6 +1,7 @@
 """Several choices of several prompts, their log-probabilities, and what changes the draws, from the openai client."""
 
 import itertools
+import json
 import math
 import socket
 import time
@@ -158,6 +159,23 @@ def test_clients_that_are_gone_before_the_answer_begins(served):
     while ended() < before + 10 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert ended() == before + 10 and idle(served)
+
+
+def test_an_adapter_unloaded_while_a_stream_waits_for_it(serving):
+    """The stream has begun with a 200: the error comes in it, and it ends as streams do."""
+    with serving(adapters=1) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+        first = ask(client, "x", model="it", max_tokens=400, stream=True)
+        next(iter(first))
+        body = {"model": "fr", "prompt": "x", "max_tokens": 4, "stream": True}
+        with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as second:
+            assert second.status_code == 200 and served.engine.counts() == (1, 1)
+            served.pool.unload("fr")
+            first.close()
+            lines = [line for line in second.iter_lines() if line]
+        error = json.loads(lines[0].removeprefix("data: "))["error"]
+        assert error["code"] == 404 and "fr" in error["message"] and lines[1:] == ["data: [DONE]"]
+        assert idle(served)
 
 
 def test_log_probabilities_are_the_models_own(client, logits, tokenizer):

@@ -3,10 +3,10 @@
 import random
 
 import torch
-from fastlora.serve.pages import ROWS, Arena, pages_for
 from torch import nn
 
 from fastlora import Route, lora_routed
+from fastlora.serve.pages import ROWS, Arena, pages_for
 
 IN, OUT = 24, 40
 

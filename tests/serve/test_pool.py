@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import torch
-from fastlora.serve.pages import pages_for
 from safetensors.torch import load_file, save_file
 
 from fastlora import Route, lora_routed, serve
+from fastlora.serve.pages import pages_for
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fastlora.serve.sample import Draws
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -0.5, -1.0])

@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from fastlora.serve.batch import Batch
 from torch import nn
 
 from fastlora import serve
+from fastlora.serve.batch import Batch
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
