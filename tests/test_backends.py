@@ -102,6 +102,7 @@ torch.library.opcheck(op, (x, w, [a], [b], scale, bias, None, [], None, 0.0, Non
 low = [t.detach().float() for t in (x, w, a, b)]
 with torch.autocast("cpu", torch.bfloat16):
     assert lora_linear(*low).dtype == torch.bfloat16
+    assert lora_linear(x, w, a, b).dtype == torch.float64
 compiled = torch.compile(lambda x: lora_linear(x, w, a, b, 0.5, bias), fullgraph=True, backend="aot_eager")
 torch.testing.assert_close(compiled(x), lora_linear(x, w, a, b, 0.5, bias))
 for call in (lambda t: lora_linear(t, w, a, b), lambda t: lora_shrink(t, a)):

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastlora.ops.dropout import dropout_mask, philox
@@ -35,6 +36,7 @@ DEVICE = os.environ.get("FASTLORA_CUDA_DEVICE", "cpu")
 SEED = 0x1234_5678_9ABC_DEF
 FLAGS = {"plain": ["-O2"], "checked": ["-O1", "-fsanitize=thread"]}
 MODES = list(FLAGS) if DEVICE == "cpu" else ["gpu"]
+ON_THE_HOST = pytest.mark.skipif(DEVICE != "cpu", reason="the emulator has a second device")
 NO_STATUS = ("FASTLORA_BF16", "FASTLORA_FP16", "FASTLORA_PARTS", "FASTLORA_TILE", "FASTLORA_CUDA")
 SCALARS = {"int": ctypes.c_int, "long long": ctypes.c_longlong, "float": ctypes.c_float}
 
@@ -153,7 +155,7 @@ class Library:
         if self.emulated:
             self.library.emulate_seed.argtypes = [ctypes.c_uint64]
             self.library.emulate_conflicts.restype = self.library.emulate_shared.restype = ctypes.c_uint64
-            self.library.emulate_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            self.library.emulate_buffer.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
 
     def declare(self, tensors, schedule=0):
         """Tells the emulator which memory is the device's: {name: (tensor, is written)}."""
@@ -164,7 +166,7 @@ class Library:
         for tensor, written in tensors.values():
             if tensor is not None and tensor.numel():
                 extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-                self.library.emulate_buffer(tensor.data_ptr(), extent * tensor.element_size(), written)
+                self.library.emulate_buffer(tensor.data_ptr(), extent * tensor.element_size(), written, 0)
 
     def call(self, launcher, params):
         """The launcher's status."""
@@ -254,13 +256,18 @@ def set_parts(parts, matrices, ranks, columns):
 
 
 def refused(library, launcher, params, path, value):
-    """The name of the status after one field, at `path`, is changed to a value or by a function."""
+    """The name of the status after one field, at `path`, is changed to a value or by a function.
+
+    The value "foreign" is memory of the host, "elsewhere" that of another device.
+    """
     *steps, last = path.split(".")
     at = params
     for step in steps:
         at = at[int(step)] if step.isdigit() else getattr(at, step)
     stranger = torch.zeros(4096, dtype=torch.bfloat16)
-    value = stranger.data_ptr() if value == "foreign" else value
+    if value == "elsewhere":
+        library.library.emulate_buffer(stranger.data_ptr(), stranger.nbytes, 1, 1)
+    value = stranger.data_ptr() if value in ("foreign", "elsewhere") else value
     setattr(at, last, value(getattr(at, last)) if callable(value) else value)
     status = library.call(launcher, params)
     return next(n for n, v in library.constants.items() if v == status and n not in NO_STATUS)

@@ -28,7 +28,8 @@ KINDS = [
     ("divergent|returned|deadlock", "divergence"), ("misaligned", "alignment"), ("bank conflicts", "bank conflicts"),
     ("outside|cross the end|only read|beyond its", "bounds"), ("counters", "counters"), ("other bits", "order"),
     ("wrong, first at", "values"), ("cudaFuncSetAttribute", "launch"), ("BuildError", "does not compile"),
-    ("refused|FASTLORA_|sentence", "refusal"), ("worse|operands|assert", "assertion"),
+    ("refused|FASTLORA_|sentence|fit together|too small|beyond 2|is null|misaligned$", "refusal"),
+    ("worse|operands|assert", "assertion"),
 ]  # fmt: skip
 SWAPS = [
     (r" < ", " <= "), (r" <= ", " < "), (r" >= ", " > "), (r" > ", " >= "), (r" \+ ", " - "), (r" - ", " + "),

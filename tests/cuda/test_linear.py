@@ -223,6 +223,8 @@ REFUSALS = [
     ("FOREIGN", "u.data", "foreign"),
     ("FOREIGN", "bias", "foreign"),
     ("FOREIGN", "column_scale", "foreign"),
+    pytest.param("FOREIGN", "x.data", "elsewhere", marks=harness.ON_THE_HOST),
+    pytest.param("FOREIGN", "bias", "elsewhere", marks=harness.ON_THE_HOST),
     ("SHAPE", "m", -1),
     ("SHAPE", "n", 41),
     ("SHAPE", "count", 0),

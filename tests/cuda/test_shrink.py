@@ -204,6 +204,8 @@ REFUSALS = [
     ("FOREIGN", "g.data", "foreign"),
     ("FOREIGN", "arrived", "foreign"),
     ("FOREIGN", "seed", "foreign"),
+    pytest.param("FOREIGN", "parts.0.m.data", "elsewhere", marks=harness.ON_THE_HOST),
+    pytest.param("FOREIGN", "partial", "elsewhere", marks=harness.ON_THE_HOST),
     ("SHAPE", "m", -1),
     ("SHAPE", "k", -1),
     ("SHAPE", "count", 9),

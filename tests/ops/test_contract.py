@@ -180,6 +180,13 @@ def test_autocast_to_the_other_half(backend):
     assert torch.equal(z, lora_shrink(x.half(), a.half()))
 
 
+def test_autocast_leaves_float64_alone(backend):
+    wide = draw(torch.float64, grad=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(*wide)
+    assert y.dtype == torch.float64 and torch.equal(y, lora_linear(*wide))
+
+
 class _Seen(TorchDispatchMode):
     def __init__(self):
         super().__init__()

@@ -290,8 +290,8 @@ void emulate_seed(uint64_t s) { emulate::seed = s; }
 uint64_t emulate_conflicts() { return emulate::take_conflicts(); }
 uint64_t emulate_shared() { return emulate::dynamic_bytes; }
 void emulate_forget() { emulate::buffers.clear(); }
-void emulate_buffer(const char* start, size_t bytes, int writable) {
-  emulate::Buffer b{bytes, writable != 0, {}};
+void emulate_buffer(const char* start, size_t bytes, int writable, int device) {
+  emulate::Buffer b{bytes, writable != 0, device, {}};
   if (emulate_on_access) b.cells.resize(bytes / 2 + 2);
   emulate::buffers[start] = std::move(b);
 }

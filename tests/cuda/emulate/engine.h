@@ -88,7 +88,7 @@ struct Block {
   std::vector<Cell> cells;
   unsigned char* at(size_t offset) { return memory + offset; }
 };
-struct Buffer { size_t bytes; bool writable; std::vector<Cell> cells; };
+struct Buffer { size_t bytes; bool writable; int device; std::vector<Cell> cells; };
 
 extern Thread* self;
 extern uint32_t launch_number, threads_per_block;

@@ -95,6 +95,6 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   const char* p = static_cast<const char*>(pointer);
   auto after = emulate::buffers.upper_bound(p);
   const bool inside = after != emulate::buffers.begin() && p < std::prev(after)->first + std::prev(after)->second.bytes;
-  *attributes = {inside ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered, 0};
+  *attributes = {inside ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered, inside ? std::prev(after)->second.device : 0};
   return cudaSuccess;
 }
