@@ -1,6 +1,6 @@
 """Builds the CUDA kernels, with g++ against the emulator or with nvcc, and calls their launchers on torch tensors.
 
-The structs and enums are read from kernels/params.h. With FASTLORA_CUDA_DEVICE=cuda, test_linear.py and
+The structs and enums are read from params.h. With FASTLORA_CUDA_DEVICE=cuda, test_linear.py and
 test_shrink.py run their cases on a GPU.
 """
 
@@ -24,7 +24,7 @@ from fastlora.ops.dropout import dropout_mask, philox
 
 ROOT = Path(__file__).parents[2]
 # Mutants of the kernels lie elsewhere.
-KERNELS = Path(os.environ.get("FASTLORA_CUDA_KERNELS", Path(__file__).with_name("kernels")))
+KERNELS = Path(os.environ.get("FASTLORA_CUDA_KERNELS", ROOT / "kernels" / "cuda"))
 EMULATOR = Path(__file__).parent / "emulate"
 CACHE, KEPT = ROOT / "build" / "cuda", 200  # files
 # More than a wrong row or column jumps over.

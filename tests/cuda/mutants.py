@@ -74,8 +74,8 @@ def run(tests, kernels, *choice):
 
 def judge(file, old, new):
     """(which part of the tests sees the mutant or None, how)."""
-    ops = {"linear.cu": ["linear"], "shrink.cu": ["shrink"]}.get(file, ["linear", "shrink"])
-    tests = [f"test_{op}.py" for op in ops]
+    own = TESTS / f"test_{Path(file).stem}.py"
+    tests = [own.name] if own.exists() else [f"test_{source.stem}.py" for source in sorted(KERNELS.glob("*.cu"))]
     with tempfile.TemporaryDirectory() as folder:
         kernels = Path(folder) / "kernels"
         shutil.copytree(KERNELS, kernels)
@@ -112,7 +112,7 @@ def textual(file):
 
 def drawn(seed, count):
     rng = random.Random(seed)
-    for file in ("linear.cu", "shrink.cu", "tile.cuh"):
+    for file in sorted(p.name for p in KERNELS.glob("*.cu*")):
         for what, old, new in rng.sample(sorted(textual(file)), count):
             yield file, what, old, new, ""
 

@@ -117,8 +117,9 @@ class Problem:
             assert_close(u, self.u, self.size, self.case.exact)
 
 
+SMALLEST = Case(1, 1, 1, (1,))
 BASE = [
-    Case(1, 1, 1, (1,)),
+    SMALLEST,
     Case(3, 100, 100, (3,), bias=True),
     Case(63, 136, 168, (16,), bias=True),
     Case(130, 257, 200, (8,), bias=True, column_scale=True),

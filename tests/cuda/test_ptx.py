@@ -10,16 +10,16 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import harness
 import pytest
-import test_linear
-import test_shrink
 
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(not NVCC, reason="no nvcc")
 ARCHITECTURES = (80, 90)
+OPS = [source.stem for source in sorted(harness.KERNELS.glob("*.cu"))]
 RECORD, README = Path(__file__).with_name("resources.json"), harness.ROOT / "kernels" / "README.md"
 MARKS = "<!-- cuda resources -->", "<!-- end of cuda resources -->"
 COSTS = ("registers", "stack", "spills", "shared")
@@ -115,14 +115,14 @@ def test_copies(arch):
 def resources():
     """{sm_80: {kernel: costs}, …} as ptxas reports them; dynamic shared memory is what the launchers ask for."""
     found, dynamic = {}, {}
-    for module in (test_linear, test_shrink):
-        module.Problem(module.Case(1, 1, *[1] * (module is test_linear))).run(harness.library("plain"), 0)
-        name = f"{module.__name__.removeprefix('test_')}_kernel"
-        dynamic[name] = harness.library("plain").library.emulate_shared()
+    for op in OPS:
+        module = import_module(f"test_{op}")
+        module.Problem(module.SMALLEST).run(harness.library("plain"), 0)
+        dynamic[f"{op}_kernel"] = harness.library("plain").library.emulate_shared()
     for arch in ARCHITECTURES:
         text = "".join(o.with_suffix(".txt").read_text() for o in harness.compile_for_gpu(arch).values())
         for entry in text.split("Compiling entry function '")[1:]:
-            name, arguments = re.search(r"((?:linear|shrink)_kernel)I(\w+?)E+v", entry).groups()
+            name, arguments = re.search(r"\d([a-z_]+_kernel)I(\w+?)E+v", entry).groups()
             half = "fp16" if "__half" in arguments else "bf16"
             spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
             shared = re.search(r"(\d+) bytes smem", entry)
@@ -155,7 +155,7 @@ def test_a_library_for_gpus_loads_without_one():
     none = library.constants["FASTLORA_NO_DEVICE"]
     if Path("/dev/nvidiactl").exists():
         pytest.skip("there is a GPU")
-    for name in ("linear", "shrink"):
+    for name in OPS:
         params = library.structs[f"{name.capitalize()}Params"]()
         for given in (params, None):
             status = library.library[f"launch_{name}"](harness.reference(given), None)

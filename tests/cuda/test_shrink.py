@@ -114,8 +114,9 @@ class Problem:
             assert_close(zg, self.zg, self.zg_size, self.case.exact)
 
 
+SMALLEST = Case(1, 1, (1,))
 CASES = [
-    Case(1, 1, (1,)),
+    SMALLEST,
     Case(3, 100, (3,), gate="row"),
     Case(63, 136, (16,), 2, gate="token"),
     Case(65, 200, (8, 3, 20), gate="token"),

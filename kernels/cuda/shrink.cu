@@ -1,7 +1,7 @@
 // z = D(x) aᵀ for all adapters and projections that share x and its mask, and z ⊙ g in x's type for the GEMM. A block
-// streams 64 rows of x past 64 ranks. Where that makes too few blocks K is split, and the last block of a tile to arrive
-// adds the parts in their order: one launch, and the same bits whoever comes last.
+// streams 64 rows of x past 64 ranks. Where that makes too few blocks K is split.
 #include "check.h"
+#include "reduce.cuh"
 
 constexpr int BM = 64, RANKS = FASTLORA_TILE / BM, TILES = RANKS / 8, THREADS = 128;
 constexpr int BK = 64, CHUNKS = BK / 8, STAGES = 4, TILE = 64 * BK * 2;
@@ -14,28 +14,6 @@ DEVICE void drop(uint32_t (&x)[4], uint64_t seed, uint64_t first, int dropped, i
     const uint32_t kept = __shfl_sync(~0u, mine, (lane & ~3) + i) >> lane % 4 * 2;
     x[i] &= (kept & 1 ? 0xffff : 0) | (kept & 2 ? 0xffff0000 : 0);
   }
-}
-
-// Publishes this block's part. True in the last block of a tile to arrive, which then has the sum of all.
-DEVICE bool reduce(const ShrinkParams& p, Accumulator& acc, int tiles) {
-  const int tile = blockIdx.y * gridDim.x + blockIdx.x, splits = gridDim.z, part = BM * RANKS / 4;
-  Vector<float, 4>* parts = reinterpret_cast<Vector<float, 4>*>(p.partial) + size_t(tile) * splits * part + threadIdx.x;
-  UNROLL for (int j = 0; j < TILES; j++)
-    if (j < tiles) parts[blockIdx.z * part + j * THREADS] = acc[j];
-  __threadfence();  // the part is out before the block arrives
-  __syncthreads();
-  // The last arrival makes zero of the counter again.
-  const bool last = threadIdx.x == 0 && atomicInc(p.arrived + tile, splits - 1) == unsigned(splits - 1);
-  if (!__syncthreads_or(last)) return false;
-  __threadfence();  // and the others' parts are read after they have
-  UNROLL for (int j = 0; j < TILES; j++) {
-    acc[j] = {};
-    for (int split = 0; j < tiles && split < splits; split++) {
-      const Vector<float, 4> other = parts[split * part + j * THREADS];
-      UNROLL for (int i = 0; i < 4; i++) acc[j].v[i] += other.v[i];
-    }
-  }
-  return true;
 }
 
 template <class T> DEVICE void store(const ShrinkParams& p, const Accumulator& acc, int row, int rank, int ranks) {
@@ -93,7 +71,8 @@ static __global__ void __launch_bounds__(THREADS, 3) shrink_kernel(const __grid_
       }
     }
   }
-  if (gridDim.z == 1 || reduce(p, acc, tiles)) store<T>(p, acc, row, rank0 + lane % 4 * 2, ranks);
+  const int tile = blockIdx.y * gridDim.x + blockIdx.x, splits = gridDim.z;
+  if (splits == 1 || reduce<THREADS>(p.partial, p.arrived, tile, blockIdx.z, splits, acc, tiles)) store<T>(p, acc, row, rank0 + lane % 4 * 2, ranks);
 }
 
 extern "C" long long fastlora_shrink_counters(long long m, long long ranks) { return cdiv(m, BM) * cdiv(ranks, RANKS); }
@@ -112,11 +91,7 @@ extern "C" int launch_shrink(const ShrinkParams* params, void* stream) {
   if (p.g.data) check.matrix(p.g, p.m, ranks, 4);
   if (p.z.data) check.matrix(p.z, p.m, ranks, 4, true);
   if (p.zg.data) check.matrix(p.zg, p.m, ranks, 2, true);
-  if (p.splits > 1) {
-    check.pointer(p.partial, 16);
-    check.pointer(p.arrived, sizeof *p.arrived);
-    check.refuse(p.partials < tiles * p.splits * FASTLORA_TILE || p.counters < tiles, FASTLORA_WORKSPACE);
-  }
+  if (p.splits > 1) check.workspace(p, tiles * p.splits * FASTLORA_TILE, tiles);
   if (check.status) return check.status;
   const dim3 grid(unsigned(cdiv(p.m, BM)), unsigned(cdiv(ranks, RANKS)), p.splits);
   auto* kernel = p.type == FASTLORA_BF16 ? shrink_kernel<bf16> : shrink_kernel<fp16>;

@@ -24,7 +24,12 @@ struct Check {
     size(m.stride);
     refuse(written && rows > 1 && m.stride < columns, FASTLORA_SHAPE);
   }
-  // What both params have; `depth` is the length of a row of a.
+  template <class P> void workspace(const P& p, long long floats, long long tiles) {
+    pointer(p.partial, 16);
+    pointer(p.arrived, sizeof *p.arrived);
+    refuse(p.partials < floats || p.counters < tiles, FASTLORA_WORKSPACE);
+  }
+  // What the params have in common; `depth` is the length of a row of a.
   template <class P> void common(const P& p, long long depth) {
     refuse(p.count < 0 || p.count > FASTLORA_PARTS || p.dropped < 0 || p.dropped > 65536, FASTLORA_SHAPE);
     refuse(p.type != FASTLORA_BF16 && p.type != FASTLORA_FP16, FASTLORA_SHAPE);
