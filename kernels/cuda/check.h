@@ -31,18 +31,22 @@ struct Check {
   }
   // What the params have in common; `depth` is the length of a row of a.
   template <class P> void common(const P& p, long long depth) {
-    refuse(p.count < 0 || p.count > FASTLORA_PARTS || p.dropped < 0 || p.dropped > 65536, FASTLORA_SHAPE);
+    refuse(p.dropped < 0 || p.dropped > 65536, FASTLORA_SHAPE);
+    operands(p, depth, true);
+    if (p.seed) pointer(p.seed, sizeof *p.seed);
+  }
+  template <class P> void operands(const P& p, long long depth, bool of_b) {
+    refuse(p.count < 0 || p.count > FASTLORA_PARTS, FASTLORA_SHAPE);
     refuse(p.type != FASTLORA_BF16 && p.type != FASTLORA_FP16, FASTLORA_SHAPE);
     for (int i = 0; !status && i < p.count; i++) {
       const Part& part = p.parts[i];
       refuse(part.rank != ranks || part.column != columns, FASTLORA_SHAPE);
-      matrix(part.m, part.ranks, part.columns + depth, 2);
+      matrix(part.m, part.ranks, (of_b ? part.columns : 0) + depth, 2);
       size(part.ranks), size(part.columns);
       ranks += part.ranks, columns += part.columns, widest = max(widest, part.columns);
     }
     size(ranks), size(columns), size(p.m), size(p.k);
     matrix(p.x, p.m, p.k, 2);
-    if (p.seed) pointer(p.seed, sizeof *p.seed);
   }
   template <class P> int launch(void (*kernel)(P), dim3 grid, int threads, int bytes, const P& p, void* stream) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -128,7 +128,7 @@ extern "C" const char* fastlora_error(int status) {
   static const char* const sentences[] = {
       "success", "there is no CUDA device, or no driver for it", "a pointer is null", "a pointer is misaligned",
       "a pointer is not memory of the current CUDA device", "sizes, strides, parts, type or dropout do not fit together",
-      "a size or a stride is beyond 2^31", "the workspace is too small"};
+      "a size or a stride is beyond 2^31, or beyond what this kernel takes", "the workspace is too small"};
   if (status >= FASTLORA_CUDA) return cudaGetErrorString(static_cast<cudaError_t>(status - FASTLORA_CUDA));
   return status >= 0 && status <= FASTLORA_WORKSPACE ? sentences[status] : "an unknown status";
 }

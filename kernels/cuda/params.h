@@ -38,7 +38,35 @@ struct ShrinkParams {
   int count, dropped, type, splits;  // splits: parts of K, added in their order
 };
 
+// What Route and Pages of fastlora/ops/route.py hold: tokens with equal lists of adapters in tiles of at most sixteen, and for
+// each slot the pages that have its rank rows, eight a page.
+struct Route {
+  const int *tiles, *offsets, *slots, *table, *ranks;
+  const long long* order;
+  const float *gates, *scales;
+  long long a_page, b_page, table_stride;  // elements from one page, or row of the table, to the next
+  int count, known;                        // tiles; slots that have a row in the tables
+};
+
+// y = c ⊙ (x w + zg b) + bias for at most 64 tokens, zg as in the shrink; with a route each token's own adapters instead:
+// c ⊙ (x w + Σ gate · scales[slot] · z b) + bias, g and scale not used.
+struct DecodeParams {
+  Matrix x, w, y, g;          // [m, k]; [n, k]; [m, n]; null or fp32 [m, ranks], stride 0 for one row
+  const void* bias;           // null or [n] in x's type
+  const float* column_scale;  // null or c [n]
+  float* partial;             // as for the shrink, with fastlora_decode_counters()
+  unsigned* arrived;
+  Part parts[FASTLORA_PARTS];  // m: a; with a route its pages for this part, from the first on, and no ranks
+  Matrix b[FASTLORA_PARTS];    // [columns, ranks] of each part; with a route the pages of B from the part's column on
+  Route route;                 // no tiles: none
+  long long m, n, k, partials, counters;
+  float scale;
+  int count, type, splits;
+};
+
 extern "C" const char* fastlora_error(int status);
 extern "C" int launch_linear(const LinearParams* params, void* stream);
 extern "C" int launch_shrink(const ShrinkParams* params, void* stream);
 extern "C" long long fastlora_shrink_counters(long long m, long long ranks);
+extern "C" int launch_decode(const DecodeParams* params, void* stream);
+extern "C" long long fastlora_decode_counters(long long parts, long long widest);

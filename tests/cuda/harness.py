@@ -149,8 +149,8 @@ class Library:
         self.path, self.library = path, ctypes.CDLL(str(path))
         self.constants, self.structs = declarations(header)
         self.library.fastlora_error.restype = ctypes.c_char_p
-        self.library.fastlora_shrink_counters.restype = ctypes.c_longlong
-        self.library.fastlora_shrink_counters.argtypes = [ctypes.c_longlong, ctypes.c_longlong]
+        for counters in (self.library.fastlora_shrink_counters, self.library.fastlora_decode_counters):
+            counters.restype, counters.argtypes = ctypes.c_longlong, [ctypes.c_longlong, ctypes.c_longlong]
         self.emulated = hasattr(self.library, "emulate_seed")
         if self.emulated:
             self.library.emulate_seed.argtypes = [ctypes.c_uint64]
