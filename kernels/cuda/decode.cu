@@ -1,73 +1,57 @@
-// y = c ⊙ (x w + Σ adapters) + bias for few tokens, in one launch. The rows of w are the M side of the mma, the tokens its N
-// side. K is split; as the update is linear in z, each split applies b to its own part of z and waits for nobody.
+// y = c ⊙ (x w + Σ adapters) + bias for few tokens, in one launch. w's rows are the M side of the mma, tokens its N side.
+// K is split; as the update is linear in z, each split applies b to its own part of z and waits for nobody.
 #include "check.h"
 #include "reduce.cuh"
 
-// A warp has 16 columns of y and, in each pass over x, 16 rank rows: a piece. Four stages leave room for three blocks or more.
-constexpr int BN = 64, TOKENS = FASTLORA_TILE / BN, TILES = TOKENS / 8, PIECES = 4, RANKS = PIECES * 16, THREADS = 128;
-constexpr int BK = 64, CHUNKS = BK / 8, ROW = BK * 2, STAGES = 4;
+// A warp has 16 columns of y and, in each pass over x, a piece: 16 rank rows. A thread has a row of w or of x.
+constexpr int BN = 64, TOKENS = FASTLORA_TILE / BN, TILES = TOKENS / 8, PIECES = 4, RANKS = PIECES * 16;
+constexpr int BK = 64, CHUNKS = BK / 8, ROW = BK * 2, STAGES = 4, THREADS = BN + TOKENS;
 using Accumulator = Vector<float, 4>[TILES];
 
-// Rank rows from `first` on of number `entry` in the lists of a tile's tokens, which stand in `order` from `position` on.
+// Rank rows from `first` on of number `entry` in the list of a tile's tokens, which stand in `order` at `position`.
 struct Piece { int slot, first, rank, entry, position, tokens; };
 template <class T> struct alignas(128) Table {
-  const T* rows[BN + TOKENS + 2 * RANKS];  // of w, x, a and b; null is a row of zeros
+  const T* rows[BN + TOKENS + 2 * RANKS];  // of w, x, a and b, x's only as many as there are; null is a row of zeros
   const float* gates[TOKENS];              // null: 1
-  float factors[PIECES][TOKENS];           // of what a piece adds to a token; 0 where it is not the token's
+  float factors[PIECES][TOKENS];           // of what a piece adds to a token; 0: it is not the token's
   Piece pieces[PIECES];
   int counts[THREADS];
 };
 
-// A thread has a tile of the route: where its tokens' list starts, its length, and how many pieces come before its own.
-struct List { int head, length, before, all; };
 DEVICE int rank_of(const Route& r, int slot) { return slot >= 0 && slot < r.known ? r.ranks[slot] : 0; }
-DEVICE List find_list(const Route& r, int* counts) {
-  const int thread = threadIdx.x, *tile = r.tiles + 3 * thread;
-  List list = {};
-  if (thread < r.count && tile[1] > 0) list = {r.offsets[r.order[tile[0]]], tile[2], 0, 0};
-  counts[thread] = 0;
-  for (int i = 0; i < list.length; i++) counts[thread] += int(cdiv(rank_of(r, r.slots[list.head + i]), 16));
-  __syncthreads();
-  for (int i = 0; i < r.count; i++) list.all += counts[i], list.before += i < thread ? counts[i] : 0;
-  return list;
-}
 
-// The rows of a and b, and the factors, of `count` pieces from number `first` on.
-template <class T> DEVICE void route(const DecodeParams& p, Table<T>& table, const List& list, int first, int count, int a_row) {
+// Fills in the rows of a and b, and the factors, of the pieces from number `skip` on, in the order of tiles and lists;
+// how many there are. A thread has a tile, then a rank row and a token of a piece.
+template <class T> DEVICE int route(const DecodeParams& p, Table<T>& table, int skip, int a_row) {
   const Route& r = p.route;
-  const int thread = threadIdx.x, *tile = r.tiles + 3 * thread;
-  for (int i = 0, piece = list.before - first; i < list.length; i++) {
-    const int slot = r.slots[list.head + i], rank = rank_of(r, slot);
-    for (int row = 0; row < rank; row += 16, piece++)
-      if (piece >= 0 && piece < count) table.pieces[piece] = {slot, row, rank, i, tile[0], tile[1]};
-  }
-  for (int i = thread; i < PIECES * TOKENS; i += THREADS) table.factors[i / TOKENS][i % TOKENS] = 0.f;
+  const int thread = threadIdx.x, *tile = r.tiles + 3 * thread, length = thread < r.count && tile[1] > 0 ? tile[2] : 0;
+  const int* slots = r.slots + (length ? r.offsets[r.order[tile[0]]] : 0);
+  int mine = 0, before = -skip, all = -skip;
+  for (int i = 0; i < length; i++) mine += int(cdiv(rank_of(r, slots[i]), 16));
+  table.counts[thread] = mine;
+  for (int i = 0; i < PIECES; i++) if (thread < TOKENS) table.factors[i][thread] = 0.f;
   __syncthreads();
-  if (thread >= RANKS) return;
-  const T *a = nullptr, *b = nullptr;
-  if (thread / 16 < count) {
-    const Piece& piece = table.pieces[thread / 16];
-    const int row = piece.first + thread % 16;
-    if (row < piece.rank) {
-      const long long page = r.table[piece.slot * r.table_stride + row / 8];
-      a = at<T>(p.parts[blockIdx.y].m, row % 8, 0) + page * r.a_page;
-      b = at<T>(p.b[blockIdx.y], row % 8, 0) + page * r.b_page;
-    }
-    if (thread % 16 < piece.tokens) {
-      const int token = int(r.order[piece.position + thread % 16]);
-      table.factors[thread / 16][token] = r.gates[r.offsets[token] + piece.entry] * r.scales[piece.slot];
-    }
+  for (int i = 0; i < r.count; i++) all += table.counts[i], before += i < thread ? table.counts[i] : 0;
+  for (int i = 0; i < length; i++)
+    for (int row = 0, rank = rank_of(r, slots[i]); row < rank; row += 16, before++)
+      if (before >= 0 && before < PIECES) table.pieces[before] = {slots[i], row, rank, i, tile[0], tile[1]};
+  __syncthreads();
+  if (thread >= RANKS) return all;
+  const T *&a = table.rows[a_row + thread], *&b = table.rows[a_row + RANKS + thread];
+  a = b = nullptr;
+  if (thread / 16 >= all) return all;
+  const Piece& piece = table.pieces[thread / 16];
+  const int row = piece.first + thread % 16;
+  if (row < piece.rank) {
+    const long long page = r.table[piece.slot * r.table_stride + row / 8];
+    a = at<T>(p.parts[blockIdx.y].m, row % 8, 0) + page * r.a_page;
+    b = at<T>(p.b[blockIdx.y], row % 8, 0) + page * r.b_page;
   }
-  table.rows[a_row + thread] = a, table.rows[a_row + RANKS + thread] = b;
-}
-
-template <class T>
-DEVICE void copy_rows(unsigned char* to, const T* const* rows, int count, const T* valid, int first, int columns) {
-  for (int i = threadIdx.x; i < count * CHUNKS; i += THREADS) {
-    const T* row = rows[i / CHUNKS];
-    const int column = first + i % CHUNKS * 8;
-    copy_chunk(to + swizzle<CHUNKS>(i / CHUNKS, i % CHUNKS), row ? row : valid, column, row ? columns - column : 0);
+  if (thread % 16 < piece.tokens) {
+    const int token = int(r.order[piece.position + thread % 16]);
+    table.factors[thread / 16][token] = r.gates[r.offsets[token] + piece.entry] * r.scales[piece.slot];
   }
+  return all;
 }
 
 template <class T>
@@ -75,40 +59,36 @@ static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_
   SHARED_DYNAMIC(memory);
   Table<T>& table = *reinterpret_cast<Table<T>*>(memory);
   const Part& part = p.parts[blockIdx.y];
-  const Matrix& b = p.b[blockIdx.y];
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, n0 = blockIdx.x * BN;
-  const int columns = int(part.columns), m = int(p.m), a_row = BN + int(cdiv(m, 16)) * 16, tiles = (a_row - BN) / 8;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, n0 = blockIdx.x * BN, token = thread - BN;
+  const int columns = int(part.columns), ranks = int(part.ranks), m = int(p.m), tiles = int(cdiv(m, 16)) * 2;
   if (n0 >= columns) return;  // the grid is as wide as the widest part
-  const bool routed = p.route.count > 0;
-  const float scale = routed ? 1.f : p.scale;
   const int all = int(cdiv(p.k, BK)), each = int(cdiv(all, gridDim.z));
   const int begin = min(int(blockIdx.z) * each, all), end = min(begin + each, all);
-  const int stage_bytes = (a_row + (routed ? RANKS : min(RANKS, int(cdiv(part.ranks, 16)) * 16))) * ROW;
-  // BN + TOKENS threads: each has a row of w or of x.
-  const int token = thread - BN;
-  const bool there = token < 0 ? n0 + thread < columns : token < m;
+  const bool routed = p.route.count > 0, there = token < 0 ? n0 + thread < columns : token < m;
+  const int a_row = BN + tiles * 8, stage_rows = a_row + (routed ? RANKS : min(RANKS, int(cdiv(ranks, 16)) * 16));
   if (token >= 0) table.gates[token] = there && p.g.data ? at<float>(p.g, token, part.rank) : nullptr;
   table.rows[thread] = !there ? nullptr : token < 0 ? at<T>(p.w, part.column + n0 + thread, 0) : at<T>(p.x, token, 0);
-  const List list = routed ? find_list(p.route, table.counts) : List{0, 0, 0, int(cdiv(part.ranks, 16))};
   Accumulator acc = {};
-  ROLLED for (int first = 0; begin < end && (!first || first < list.all); first += PIECES) {
-    const int pieces = min(PIECES, list.all - first), rank0 = first * 16;
-    __syncthreads();  // nobody reads the tables and stages of the pass before any more
-    if (routed) {
-      route(p, table, list, first, pieces, a_row);
-    } else if (thread < RANKS) {
-      table.rows[a_row + thread] = rank0 + thread < part.ranks ? at<T>(part.m, rank0 + thread, 0) : nullptr;
-      table.rows[a_row + RANKS + thread] = n0 + thread < columns ? at<T>(b, n0 + thread, 0) : nullptr;
-      for (int i = 0; i < PIECES; i++) table.factors[i][thread] = 1.f;
+  ROLLED for (int rank0 = 0, left = begin < end; left > 0; rank0 += RANKS, left -= PIECES) {
+    __syncthreads();  // nobody is in the pass before any more
+    left = routed ? route(p, table, rank0 / 16, a_row) : int(cdiv(ranks - rank0, 16));
+    for (int i = 0; i < PIECES && !routed && thread < RANKS; i++) {
+      table.rows[a_row + thread] = rank0 + thread < ranks ? at<T>(part.m, rank0 + thread, 0) : nullptr;
+      table.rows[a_row + RANKS + thread] = n0 + thread < columns ? at<T>(p.b[blockIdx.y], n0 + thread, 0) : nullptr;
+      table.factors[i][thread] = 1.f;
     }
     __syncthreads();
-    auto stage_of = [&](int block) { return memory + sizeof table + (block - begin) % STAGES * stage_bytes; };
+    const int pieces = min(PIECES, left);
+    auto stage_of = [&](int block) { return memory + sizeof table + (block - begin) % STAGES * stage_rows * ROW; };
     auto fill = [&](int block) {
-      unsigned char* stage = stage_of(block);
-      const int skip = first ? BN : 0, depth = routed ? columns : int(part.ranks);
-      const T* x = at<T>(p.x, 0, 0);
-      if (block < end) copy_rows(stage + skip * ROW, table.rows + skip, a_row - skip + pieces * 16, x, block * BK, int(p.k));
-      if (block == end && pieces) copy_rows(stage, table.rows + a_row + RANKS, RANKS, x, routed ? n0 : rank0, depth);
+      const bool last = block == end;  // b: it lies where w's rows would
+      const int row = last ? a_row + RANKS : rank0 ? BN : 0, count = last ? RANKS : a_row + pieces * 16 - row;
+      const int column = !last ? block * BK : routed ? n0 : rank0, depth = int(!last ? p.k : routed ? columns : ranks);
+      for (int i = thread; i < count * CHUNKS && block < end + (pieces > 0); i += THREADS) {
+        const T* from = table.rows[row + i / CHUNKS];
+        const int to = swizzle<CHUNKS>((last ? 0 : row) + i / CHUNKS, i % CHUNKS), first = column + i % CHUNKS * 8;
+        copy_chunk(stage_of(block) + to, from ? from : at<T>(p.x, 0, 0), first, from ? depth - first : 0);
+      }
       copy_async_commit();
     };
     ROLLED for (int i = 0; i < STAGES - 1; i++) fill(begin + i);
@@ -121,41 +101,43 @@ static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_
       const unsigned char* stage = stage_of(block);
       UNROLL for (int step = 0; step < BK / 16; step++) {
         uint32_t w[4], a[4], x[4];
-        if (!first) ldmatrix(w, stage + swizzle<CHUNKS>(warp * 16 + lane % 16, step * 2 + lane / 16));
+        if (!rank0) ldmatrix(w, stage + swizzle<CHUNKS>(warp * 16 + lane % 16, step * 2 + lane / 16));
         if (ranked) ldmatrix(a, stage + swizzle<CHUNKS>(a_row + warp * 16 + lane % 16, step * 2 + lane / 16));
         UNROLL for (int j = 0; j < TILES; j += 2) {
           if (j >= tiles) break;
           ldmatrix(x, stage + swizzle<CHUNKS>(BN + j * 8 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
-          if (!first) mma(acc[j].v, w, x[0], x[1], T{}), mma(acc[j + 1].v, w, x[2], x[3], T{});
+          if (!rank0) mma(acc[j].v, w, x[0], x[1], T{}), mma(acc[j + 1].v, w, x[2], x[3], T{});
           if (ranked) mma(z[j].v, a, x[0], x[1], T{}), mma(z[j + 1].v, a, x[2], x[3], T{});
         }
       }
     }
-    if (!pieces) continue;
-    // b lies where w's rows would, and z comes to where x's would.
+    if (pieces <= 0) break;
     copy_async_wait<STAGES - 2>();
     unsigned char* stage = stage_of(end);
+    // z lies where x's rows would.
     UNROLL for (int i = 0; i < TILES * 4; i++) {
-      const int token = lane % 4 * 2 + i % 2, rank = warp * 16 + lane / 4 + i % 4 / 2 * 8;
+      const int row = lane % 4 * 2 + i % 2, rank = warp * 16 + lane / 4 + i % 4 / 2 * 8;
       if (!ranked || i / 4 >= tiles) break;
-      const float* g = table.gates[i / 4 * 8 + token];
-      const float zg = z[i / 4].v[i % 4] * scale * (g && table.rows[a_row + rank] ? g[rank0 + rank] : 1.f);
-      unsigned char* to = stage + (BN + i / 4 * 8) * ROW + swizzle<CHUNKS>(token, rank / 8) + rank % 8 * 2;
-      *reinterpret_cast<T*>(to) = T(table.rows[a_row + rank] ? zg : 0.f);
+      const float* g = table.gates[i / 4 * 8 + row];
+      const bool real = table.rows[a_row + rank];
+      const float zg = z[i / 4].v[i % 4] * (routed ? 1.f : p.scale) * (g && real ? g[rank0 + rank] : 1.f);
+      unsigned char* to = stage + (BN + i / 4 * 8) * ROW + swizzle<CHUNKS>(row, rank / 8) + rank % 8 * 2;
+      *reinterpret_cast<T*>(to) = T(real ? zg : 0.f);
     }
     __syncthreads();
     ROLLED for (int i = 0; i < pieces; i++) {
-      uint32_t left[4], right[4];
-      if (routed) ldmatrix_trans(left, stage + swizzle<CHUNKS>(i * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2));
-      else ldmatrix(left, stage + swizzle<CHUNKS>(warp * 16 + lane % 16, i * 2 + lane / 16));
+      uint32_t b[4], zg[4];
+      const int row = i * 16 + lane / 16 * 8 + lane % 8;
+      if (routed) ldmatrix_trans(b, stage + swizzle<CHUNKS>(row, warp * 2 + lane / 8 % 2));
+      else ldmatrix(b, stage + swizzle<CHUNKS>(warp * 16 + lane % 16, i * 2 + lane / 16));
       UNROLL for (int j = 0; j < TILES; j += 2) {
         if (j >= tiles) break;
         Vector<float, 4> update[2] = {};
-        ldmatrix(right, stage + swizzle<CHUNKS>(BN + j * 8 + lane / 16 * 8 + lane % 8, i * 2 + lane / 8 % 2));
-        mma(update[0].v, left, right[0], right[1], T{}), mma(update[1].v, left, right[2], right[3], T{});
+        ldmatrix(zg, stage + swizzle<CHUNKS>(BN + j * 8 + lane / 16 * 8 + lane % 8, i * 2 + lane / 8 % 2));
+        mma(update[0].v, b, zg[0], zg[1], T{}), mma(update[1].v, b, zg[2], zg[3], T{});
         UNROLL for (int e = 0; e < 8; e++) {
-          // A factor of 0 is no product: what another token's adapter holds may be infinite.
-          const float factor = table.factors[i][j * 8 + e / 4 * 8 + lane % 4 * 2 + e % 2];
+          // Not a product with 0: what another token's adapter gives may be infinite.
+          const float factor = table.factors[i][(j + e / 4) * 8 + lane % 4 * 2 + e % 2];
           acc[j + e / 4].v[e % 4] += factor != 0.f ? factor * update[e / 4].v[e % 4] : 0.f;
         }
       }
@@ -169,8 +151,8 @@ static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_
     const float c = p.column_scale ? p.column_scale[column] : 1.f;
     const float bias = p.bias ? float(static_cast<const T*>(p.bias)[column]) : 0.f;
     UNROLL for (int i = 0; i < TILES * 2; i++) {
-      const int token = i / 2 * 8 + lane % 4 * 2 + i % 2;
-      if (token < m) *at<T>(p.y, token, column) = T(acc[i / 2].v[half * 2 + i % 2] * c + bias);
+      const int row = i / 2 * 8 + lane % 4 * 2 + i % 2;
+      if (row < m) *at<T>(p.y, row, column) = T(acc[i / 2].v[half * 2 + i % 2] * c + bias);
     }
   }
 }
@@ -193,9 +175,8 @@ extern "C" int launch_decode(const DecodeParams* params, void* stream) {
   if (p.bias) check.pointer(p.bias, 2);
   if (p.column_scale) check.pointer(p.column_scale, sizeof *p.column_scale);
   for (int i = 0; !check.status && i < p.count; i++) {
-    const Part& part = p.parts[i];
-    check.matrix(p.b[i], part.columns, r.count ? 1 : part.ranks, 2);
-    if (r.count) check.matrix(part.m, part.columns, p.k, 2);
+    check.matrix(p.b[i], p.parts[i].columns, r.count ? 1 : p.parts[i].ranks, 2);
+    if (r.count) check.matrix(p.parts[i].m, p.parts[i].columns, p.k, 2);
   }
   for (const int* list : {r.tiles, r.offsets, r.slots, r.table, r.ranks}) if (r.count) check.pointer(list, 4);
   for (const float* list : {r.gates, r.scales}) if (r.count) check.pointer(list, 4);
@@ -203,9 +184,8 @@ extern "C" int launch_decode(const DecodeParams* params, void* stream) {
   for (long long stride : {r.a_page, r.b_page, r.table_stride}) check.size(stride);
   if (p.splits > 1 && tiles) check.workspace(p, tiles * p.splits * FASTLORA_TILE, tiles);
   if (check.status || !tiles) return check.status;
-  const long long rows = BN + cdiv(p.m, 16) * 16 + (r.count ? RANKS : min(RANKS, int(cdiv(check.ranks, 16)) * 16));
-  const int bytes = int(sizeof(Table<bf16>) + STAGES * rows * ROW);
+  const int rows = BN + int(cdiv(p.m, 16)) * 16 + (r.count ? RANKS : min(RANKS, int(cdiv(check.ranks, 16)) * 16));
   auto* kernel = p.type == FASTLORA_BF16 ? decode_kernel<bf16> : decode_kernel<fp16>;
   const dim3 grid(unsigned(cdiv(check.widest, BN)), p.count, p.splits);
-  return check.launch(kernel, grid, THREADS, bytes, p, stream);
+  return check.launch(kernel, grid, THREADS, int(sizeof(Table<bf16>)) + STAGES * rows * ROW, p, stream);
 }

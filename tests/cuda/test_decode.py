@@ -236,3 +236,132 @@ def test_decode(case, mode):
         assert_close(y, problem.y, problem.size, case.exact)
         first = y if first is None else first
         assert torch.equal(y.view(torch.int16), first.view(torch.int16)), f"schedule {schedule} gives other bits"
+
+
+def routed(*lists, **kwargs):
+    return Problem(Case(len(lists), 40, 130, SLOTS, splits=2, lists=tokens(*lists), **kwargs))
+
+
+def test_the_reference_agrees():
+    problem = Problem(next(c for c in CASES if c.name == "routed, slices"))
+    A, B = problem.A.view(-1, len(problem.columns), 8, problem.case.k), problem.B.view(-1, 8, problem.case.n)
+    table, ranks, scales = (problem.tables[name] for name in ("table", "ranks", "scales"))
+    pages = Pages(A.double(), B.double(), table, ranks, scales.double(), torch.full_like(ranks, -1))
+    route, nothing = problem.route, torch.zeros((), dtype=torch.float64)
+    given = problem.x.double(), problem.w.double(), (), (), nothing, None, route.tensors, route.gates.double(), ()
+    y, _ = lora_routed_forward_reference(*given, problem.columns, list(pages[:6]))
+    torch.testing.assert_close(y * problem.c + problem.bias.double(), problem.y)
+
+
+def test_a_token_alone_has_the_same_bits():
+    lists = [[(2, 1.0), (0, 0.5)], [(5, 1.0)], [], [(0, 0.5)], [(2, 1.0), (0, 2.0)], [(4, 1.0)]]
+    problem = routed(*lists)
+    y = problem.run(harness.library(), 0)
+    for token, own in enumerate(lists):
+        alone = routed(own)
+        for name in ("x", "w", "A", "B"):
+            getattr(alone, name).copy_(getattr(problem, name)[token : token + 1] if name == "x" else getattr(problem, name))
+        assert torch.equal(alone.run(harness.library(), 0)[0], y[token])
+
+
+def test_an_adapter_that_is_not_finite_stays_with_its_tokens():
+    problem = routed([(0, 1.0)], [(2, 1.0)], [], [(1, 1.0)], [(2, 0.5)])
+    clean = problem.run(harness.library(), 0)
+    problem.B[int(problem.tables["table"][2, 1]) * 8] = float("inf")
+    y = problem.run(harness.library(), 0)
+    others = [0, 2, 3]
+    assert torch.equal(y[others], clean[others]) and not y[[1, 4]].isfinite().any()
+
+
+def test_z_is_rounded_after_the_gate():
+    """z ⊙ g is 257, in bfloat16 256, and −256: 0, and 1 if it were not rounded. Each split rounds its own part."""
+    problem = Problem(Case(1, 8, 128, (2,), gate="row", splits=2))
+    for t in (problem.x, problem.w, problem.a[0][0]):
+        t.zero_()
+    problem.x[0, 0], problem.x[0, 64], problem.scale = 1, 1, 1.0
+    problem.a[0][0][:, 0] = torch.tensor([257 / 4, -64.0])
+    problem.a[0][0][0, 0], problem.a[0][0][0, 1], problem.x[0, 1] = 64, 0.25, 1
+    problem.g.fill_(4)
+    problem.b[0].fill_(1)
+    assert (problem.run(harness.library(), 0) == 0).all()
+    problem.a[0][0][0, 1], problem.a[0][0][0, 64] = 0, 0.25
+    assert (problem.run(harness.library(), 0) == 1).all()
+
+
+@pytest.mark.skipif(harness.DEVICE != "cpu", reason="reserves memory of the host")
+@pytest.mark.parametrize("name", ["x", "w", "y", "a", "b", "A", "B"])
+def test_rows_far_apart(name):
+    """Offsets beyond 2^31 elements."""
+    problem, library = routed([(5, 1.0)], [(2, 1.0)]) if name in "AB" else Problem(Case(4, 40, 40, (8,))), harness.library()
+    y, workspace = problem.output(), problem.workspace(library)
+    near = dict(vars(problem), y=y, a=problem.a[0][0], b=problem.b[0])[name]
+    far = harness.far_apart(*near.shape, torch.bfloat16, 2**31 // (near.shape[0] - 1) + 8).copy_(near)
+    if name in "ab":
+        getattr(problem, name)[0] = far if name == "b" else [far]
+    elif name != "y":
+        setattr(problem, name, far)
+    y = far if name == "y" else y
+    tensors = {key: (t, 1) for key, (t, _) in problem.tensors(y, workspace).items()}
+    library.launch("launch_decode", problem.params(library, y, workspace), tensors, 2)
+    assert_close(y, problem.y, problem.size, False)
+
+
+REFUSALS = [
+    ("NULL", "x.data", None),
+    ("NULL", "w.data", None),
+    ("NULL", "y.data", None),
+    ("NULL", "parts.0.m.data", None),
+    ("NULL", "b.1.data", None),
+    ("NULL", "partial", None),
+    ("MISALIGNED", "g.data", lambda v: v + 2),
+    ("MISALIGNED", "partial", lambda v: v + 4),
+    ("FOREIGN", "bias", "foreign"),
+    ("FOREIGN", "column_scale", "foreign"),
+    ("FOREIGN", "g.data", "foreign"),
+    ("SHAPE", "n", 41),
+    ("SHAPE", "m", -1),
+    ("SHAPE", "count", 9),
+    ("SHAPE", "type", 2),
+    ("SHAPE", "splits", 0),
+    ("SHAPE", "splits", 65536),
+    ("SHAPE", "y.stride", 39),
+    ("SHAPE", "parts.1.rank", 7),
+    ("SHAPE", "route.count", -1),
+    ("SHAPE", "route.count", 1),
+    ("TOO_LARGE", "m", 65),
+    ("TOO_LARGE", "b.0.stride", 2**31),
+    ("WORKSPACE", "partials", lambda v: v - 1),
+    ("WORKSPACE", "counters", lambda v: v - 1),
+]
+ROUTED = [
+    ("SHAPE", "g.data", lambda v: 64),
+    ("SHAPE", "parts.0.ranks", 8),
+    ("TOO_LARGE", "route.count", 129),
+    ("TOO_LARGE", "route.a_page", 2**31),
+    ("NULL", "parts.0.m.data", None),
+    ("NULL", "b.0.data", None),
+    ("MISALIGNED", "route.order", lambda v: v + 4),
+    *(("FOREIGN", f"route.{name}", "foreign") for name in ("tiles", "offsets", "slots", "order", "gates")),
+    *(("FOREIGN", f"route.{name}", "foreign") for name in ("table", "ranks", "scales")),
+]
+
+
+@pytest.mark.parametrize("dense, status, path, value", [(d, *r) for d in (1, 0) for r in (REFUSALS if d else ROUTED)])
+def test_refusals(dense, status, path, value):
+    library = harness.library()
+    case = Case(20, 40, 72, (8, 4), (30, 10), 2, gate="token", bias=True, column_scale=True)
+    problem = Problem(case) if dense else routed([(2, 1.0)])
+    y, workspace = problem.output(), problem.workspace(library)
+    library.declare(problem.tensors(y, workspace))
+    params = problem.params(library, y, workspace)
+    assert harness.refused(library, "launch_decode", params, path, value) == f"FASTLORA_{status}"
+    assert torch.isnan(y).all(), "refused, and written all the same"
+
+
+@pytest.mark.parametrize("m, n", [(0, 40), (20, 0)])
+def test_nothing_to_do(m, n):
+    problem, library = Problem(Case(m, n, 24, (8,))), harness.library()
+    workspace = problem.workspace(library)
+    library.declare(problem.tensors(problem.output(), workspace))
+    assert library.call("launch_decode", problem.params(library, torch.empty(m, n), workspace)) == 0
+    assert library.call("launch_decode", None) == library.constants["FASTLORA_NULL"]
