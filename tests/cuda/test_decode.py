@@ -102,7 +102,7 @@ class Problem:
 
     def solve(self):
         case, x, w = self.case, self.x.double(), self.w.double()
-        y, size, rounding = x @ w.t(), x.abs() @ w.abs().t(), torch.zeros(case.m, case.n, dtype=torch.float64)
+        y, size, rounding = x @ w.t(), x.abs() @ w.abs().t(), torch.zeros(case.m, case.n).to(x)
         step = 64 * max(-(-((case.k + 63) // 64) // case.splits), 1)
         for tokens, column, a, b, before, after in self.updates():
             a, b, inside = a.double(), b.double().t(), (tokens, slice(column, column + len(b)))
@@ -205,8 +205,8 @@ def test_decode(case, mode):
 
 def test_the_reference_agrees():
     problem = Problem(next(c for c in CASES if c.name == "routed, slices"))
-    route, t, A, B = Route.from_lists(MIXED), problem.route, problem.a[0], problem.b[0]
-    pages = A.double().view(-1, 3, 8, problem.case.k), B.double().view(-1, 8, problem.case.n)
+    route, t = Route.from_lists(MIXED, device=harness.DEVICE), problem.route
+    pages = problem.a[0].double().view(-1, 3, 8, problem.case.k), problem.b[0].double().view(-1, 8, problem.case.n)
     pages += t["table"], t["ranks"], t["scales"].double(), torch.full_like(t["ranks"], -1)
     lists = None, route.tensors, route.gates.double(), ()
     given = problem.x.double(), problem.w.double(), (), (), torch.ones(()), *lists
