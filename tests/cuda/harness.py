@@ -1,7 +1,7 @@
 """Builds the CUDA kernels, with g++ against the emulator or with nvcc, and calls their launchers on torch tensors.
 
-The structs and enums are read from params.h. With FASTLORA_CUDA_DEVICE=cuda, test_linear.py and
-test_shrink.py run their cases on a GPU.
+The structs and enums are read from params.h. With FASTLORA_CUDA_DEVICE=cuda the tests of the kernels run their
+cases on a GPU.
 """
 
 import contextlib
@@ -149,8 +149,9 @@ class Library:
         self.path, self.library = path, ctypes.CDLL(str(path))
         self.constants, self.structs = declarations(header)
         self.library.fastlora_error.restype = ctypes.c_char_p
-        self.library.fastlora_shrink_counters.restype = ctypes.c_longlong
-        self.library.fastlora_shrink_counters.argtypes = [ctypes.c_longlong, ctypes.c_longlong]
+        for counters in (self.library.fastlora_shrink_counters, self.library.fastlora_shrink_backward_counters):
+            counters.restype, counters.argtypes = ctypes.c_longlong, [ctypes.c_longlong, ctypes.c_longlong]
+        self.library.fastlora_expand_backward_workspace.restype = ctypes.c_longlong
         self.emulated = hasattr(self.library, "emulate_seed")
         if self.emulated:
             self.library.emulate_seed.argtypes = [ctypes.c_uint64]
