@@ -1,4 +1,4 @@
-// t = dy bᵀ and db = (z ⊙ g)ᵀ dy from one read of dy. A block goes through strips of 256 rows of dy: t stays in registers,
+// t = dy bᵀ and db = (z ⊙ g)ᵀ dy from one read of dy. A block goes through strips of 256 rows of dy: t is in registers,
 // z ⊙ g in shared memory, b streams by, and each strip leaves its part of db.
 #include "check.h"
 #include "reduce.cuh"
@@ -12,9 +12,11 @@ using Params = Expand_backwardParams;
 __host__ __device__ constexpr long long place(long long before, int part, int size) { return before / size + part; }
 __host__ __device__ constexpr int row_blocks(const Params& p) { return p.m > BM ? int(cdiv(p.m, BM)) : 1; }
 
-DEVICE float gated(const Params& p, float v, int m, int r) { return v * p.scale * (p.g.data ? *at<float>(p.g, m, r) : 1.f); }
+DEVICE float gated(const Params& p, float v, int m, int r) {
+  return v * p.scale * (p.g.data ? *at<float>(p.g, m, r) : 1.f);
+}
 
-template <class T> DEVICE void store(const Params& p, const Vector<float, 4> (&acc)[2 * TILES], int row, int rank, int end) {
+template <class T> DEVICE void store(const Params& p, const Vector<float, 4>* acc, int row, int rank, int end) {
   UNROLL for (int i = 0; i < 8 * TILES; i++) {
     const int m = row + i / 4 % 2 * 16 + i % 4 / 2 * 8, r = rank + i / 8 * 8 + i % 2;
     const float t = acc[i / 4].v[i % 4];
@@ -35,7 +37,8 @@ static __global__ void __launch_bounds__(THREADS, 2) expand_backward_kernel(cons
   const int block = blockIdx.x % tall, split = blockIdx.x / tall, m0 = block * BM, rank0 = blockIdx.y * RANKS;
   const int ranks = int(part.ranks), columns = int(part.columns), first = int(part.rank);
   if (rank0 >= ranks) return;  // the grid is as high as the highest part
-  const int tiles = min(TILES, int(cdiv(ranks - rank0, 8))), all = int(cdiv(columns, BN)), each = int(cdiv(all, splits));
+  const int tiles = min(TILES, int(cdiv(ranks - rank0, 8)));
+  const int all = int(cdiv(columns, BN)), each = int(cdiv(all, splits));
   const int begin = min(split * each, all), count = min(each, all - begin);
   // Blocks of rows begin at different strips, so that it is not one of them that is the last everywhere.
   auto strip = [&](int i) { return begin + (i + block) % count; };
@@ -107,7 +110,8 @@ extern "C" int launch_expand_backward(const Params* params, void* stream) {
   for (int i = 0; !check.status && i < p.count; i++)
     if (p.db[i].data) check.matrix(p.db[i], p.parts[i].columns, p.parts[i].ranks, p.fp32_db ? 4 : 2, true);
   if (check.status || !check.ranks) return check.status;
-  long long counters, floats = fastlora_expand_backward_workspace(params, &counters), blocks = 1ll * row_blocks(p) * p.splits;
+  const long long blocks = 1ll * row_blocks(p) * p.splits;
+  long long counters, floats = fastlora_expand_backward_workspace(params, &counters);
   check.size(blocks), check.size(counters);
   if (floats) check.workspace(p, floats, counters);
   if (check.status) return check.status;

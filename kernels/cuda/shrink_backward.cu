@@ -1,14 +1,14 @@
-// da = dzᵀ D(x) for all adapters and projections that share x and its mask. A block streams rows of 128 columns of x past 64
-// ranks of dz. Where that makes too few blocks the rows are split.
+// da = dzᵀ D(x) for all adapters and projections that share x and its mask. A block streams rows of 128 columns of x
+// past 64 ranks of dz. Where that makes too few blocks the rows are split.
 #include "check.h"
 #include "reduce.cuh"
 
 constexpr int BM = 64, BN = 128, RANKS = 64, TILES = RANKS / 8, CHUNKS = BN / 8, THREADS = 256, STAGES = 3;
 constexpr int X = BM * BN * 2, STAGE = X + BM * RANKS * 2;
-static_assert(BN * RANKS == 2 * FASTLORA_TILE);
+using Params = Shrink_backwardParams;
 
 // Each thread drops what it copied itself, before others may read it.
-DEVICE void drop(unsigned char* tile, const Shrink_backwardParams& p, uint64_t seed, int row, int column) {
+DEVICE void drop(unsigned char* tile, const Params& p, uint64_t seed, int row, int column) {
   UNROLL for (int i = threadIdx.x; i < BM * CHUNKS; i += THREADS) {
     const uint64_t first = uint64_t(row + i / CHUNKS) * p.k + column + i % CHUNKS * 8;
     const uint32_t kept = keep_eight(seed, first, p.dropped);
@@ -21,7 +21,7 @@ DEVICE void drop(unsigned char* tile, const Shrink_backwardParams& p, uint64_t s
 }
 
 template <class T>
-static __global__ void __launch_bounds__(THREADS, 2) shrink_backward_kernel(const __grid_constant__ Shrink_backwardParams p) {
+static __global__ void __launch_bounds__(THREADS, 2) shrink_backward_kernel(const __grid_constant__ Params p) {
   SHARED_DYNAMIC(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n0 = blockIdx.x * BN, rank0 = blockIdx.y * RANKS;
   const Part& final = p.parts[p.count - 1];
@@ -31,10 +31,11 @@ static __global__ void __launch_bounds__(THREADS, 2) shrink_backward_kernel(cons
   auto fill = [&](int block) {
     unsigned char* stage = memory + (block - begin) % STAGES * STAGE;
     const int m0 = block * BM, m = int(p.m);
+    const Matrix& dz = p.dz;
     if (block < end) {
       copy_tile<T, BM, CHUNKS, THREADS>(stage, at<T>(p.x, 0, 0), p.x.stride, m0, m, n0, int(p.k));
-      if (p.fp32_dz) copy_tile<T, BM, TILES, THREADS>(stage + X, at<float>(p.dz, 0, 0), p.dz.stride, m0, m, rank0, ranks);
-      else copy_tile<T, BM, TILES, THREADS>(stage + X, at<T>(p.dz, 0, 0), p.dz.stride, m0, m, rank0, ranks);
+      if (p.fp32_dz) copy_tile<T, BM, TILES, THREADS>(stage + X, at<float>(dz, 0, 0), dz.stride, m0, m, rank0, ranks);
+      else copy_tile<T, BM, TILES, THREADS>(stage + X, at<T>(dz, 0, 0), dz.stride, m0, m, rank0, ranks);
     }
     copy_async_commit();
   };
@@ -62,12 +63,14 @@ static __global__ void __launch_bounds__(THREADS, 2) shrink_backward_kernel(cons
   }
 }
 
-extern "C" long long fastlora_shrink_backward_counters(long long k, long long ranks) { return cdiv(k, BN) * cdiv(ranks, RANKS); }
+extern "C" long long fastlora_shrink_backward_counters(long long k, long long ranks) {
+  return cdiv(k, BN) * cdiv(ranks, RANKS);
+}
 
-extern "C" int launch_shrink_backward(const Shrink_backwardParams* params, void* stream) {
+extern "C" int launch_shrink_backward(const Params* params, void* stream) {
   Check check(params);
   if (check.status) return check.status;
-  const Shrink_backwardParams& p = *params;
+  const Params& p = *params;
   check.common(p, p.k, p.fp32_da ? 4 : 2, true);
   check.dropped(p);
   check.matrix(p.dz, p.m, check.ranks, p.fp32_dz ? 4 : 2);

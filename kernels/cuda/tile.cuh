@@ -57,8 +57,8 @@ template <int CHUNKS> DEVICE int swizzle(int row, int chunk) {
   return (row * CHUNKS + (chunk ^ (CHUNKS == 4 ? row / 2 % 4 : row % 8))) * 16;
 }
 
-// Eight elements at `from` + offset, zeros from the count-th on. A chunk off the grid of 16 bytes is copied by hand, and so
-// is one of another type.
+// Eight elements at `from` + offset, zeros from the count-th on. A chunk off the grid of 16 bytes is copied by hand; so is
+// one of another type.
 template <class S, class T = S> DEVICE void copy_chunk(unsigned char* to, const S* from, long long offset, int count) {
   count = max(0, min(count, 8));
   from += count ? offset : 0;
@@ -77,12 +77,12 @@ DEVICE void copy_tile(unsigned char* tile, const S* from, long long stride, int 
   }
 }
 
-// acc[j · STRIDE] += 16 rows of `left` from `first` on, or columns where it is TURNED, times columns 8 (tile + j · STEP) … of
-// `right`, a tile of 64 columns whose rows are the sum's K.
+// acc[j · STRIDE] += rows first … first + 15 of `left`, or columns where it is TURNED, times the columns of tile + j · STEP
+// of `right`: it has tiles of eight columns, 64 in all, and its rows are the sum's K.
 template <class T, bool TURNED, int K, int CHUNKS, int STEP, int STRIDE>
-DEVICE void multiply_rows(Vector<float, 4>* acc, const unsigned char* left, int first, const unsigned char* right, int tile,
-                          int tiles, int lane) {
-  ROLLED for (int k = 0; k < K; k += 32) {
+DEVICE void multiply_rows(Vector<float, 4>* acc, const unsigned char* left, int first, const unsigned char* right,
+                          int tile, int tiles, int lane) {
+  UNROLL for (int k = 0; k < K; k += 32) {
     uint32_t a[2][4], b[4];
     UNROLL for (int i = 0; i < 2; i++) {
       const int k0 = k + i * 16;
