@@ -280,7 +280,8 @@ def assert_close(actual, truth, size, exact):
         wrong = actual != truth.to(actual.dtype)
     else:
         mantissa = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}[actual.dtype]
-        half_ulp = 2.0 ** (truth.abs().clamp(min=1e-30).log2().floor() - mantissa)
+        least = torch.finfo(actual.dtype).smallest_normal
+        half_ulp = 2.0 ** (truth.abs().clamp(min=least).log2().floor() - mantissa)
         wrong = ~((actual.double() - truth).abs() <= half_ulp + 3e-6 * size)
     assert not wrong.any(), (
         f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {wrong.nonzero()[0].tolist()}: "

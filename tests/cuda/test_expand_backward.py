@@ -10,7 +10,7 @@ from harness import assert_close, set_matrix, set_parts
 
 from fastlora.ops.expand import lora_expand_backward_reference
 
-SCHEDULES = {"plain": (0, 1, 2, 3, 7), "checked": (0, 3), "gpu": (0, 1)}
+SCHEDULES = {"plain": (0, 1, 3, 7), "checked": (0, 3), "gpu": (0, 1)}
 WIDE = torch.float64
 
 
@@ -104,7 +104,9 @@ class Problem:
         counters = ctypes.c_longlong()
         params = self.params(library, {})
         floats = library.library.fastlora_expand_backward_workspace(ctypes.byref(params), ctypes.byref(counters))
-        return harness.guarded((max(floats, 1),), torch.float32), harness.guarded((counters.value,), torch.int32).zero_()
+        return harness.guarded((max(floats, 1),), torch.float32), harness.guarded(
+            (counters.value,), torch.int32
+        ).zero_()
 
     def prepare(self, library, workspace):
         """(params, outputs, tensors to declare)"""
@@ -140,8 +142,8 @@ CASES = [
     Case(300, (200,), (20,), 3, gate="token", wide=True),
     Case(257, (72,), (64,), dtype=torch.float16),
     Case(520, (60,), (5,), gate="row"),
-    Case(16, (72,), (130,), dtype=torch.float16, gate="row"),
-    Case(260, (90, 38, 132), (4, 70, 9), 2, gate="token", name="slices"),
+    Case(16, (40,), (130,), dtype=torch.float16, gate="row"),
+    Case(260, (70, 38, 68), (4, 66, 9), 2, gate="token", name="slices"),
     Case(9, (36, 0, 64), (8, 5, 16), 2, name="an empty slice"),
     Case(260, (64, 72, 64), (8, 0, 8), name="a slice without an adapter"),
     Case(5, (10,) * 8, (2,) * 8, wide=True, name="eight slices"),
@@ -157,7 +159,7 @@ CASES = [
     Case(20, without=("t", "dg", "db0"), gate="token", name="dz alone"),
 ]
 CANCEL = [
-    Case(1024, (128,), (16,), 2, cancel=True, name="halves cancel"),
+    Case(768, (128,), (16,), 2, cancel=True, name="halves cancel"),
     Case(20, (512,), (8,), 8, cancel=True, name="they too"),
 ]
 
