@@ -4,7 +4,7 @@
 
 struct Check {
   int status = FASTLORA_OK, device = 0;
-  long long ranks = 0, columns = 0, widest = 0;  // of all parts
+  long long ranks = 0, columns = 0, widest = 0, highest = 0;  // of all parts
   explicit Check(const void* params) {
     refuse(cudaGetDevice(&device) != cudaSuccess, FASTLORA_NO_DEVICE);
     refuse(!params, FASTLORA_NULL);
@@ -29,24 +29,25 @@ struct Check {
     pointer(p.arrived, sizeof *p.arrived);
     refuse(p.partials < floats || p.counters < tiles, FASTLORA_WORKSPACE);
   }
-  // What the params have in common; `depth` is the length of a row of a.
-  template <class P> void common(const P& p, long long depth) {
-    refuse(p.dropped < 0 || p.dropped > 65536, FASTLORA_SHAPE);
-    operands(p, depth, true);
-    if (p.seed) pointer(p.seed, sizeof *p.seed);
-  }
-  template <class P> void operands(const P& p, long long depth, bool of_b) {
+  // What all params have in common; `depth` is the length of a row of a part's matrix, beside its columns if it has them.
+  template <class P> void common(const P& p, long long depth, int element = 2, bool written = false, bool columned = true) {
     refuse(p.count < 0 || p.count > FASTLORA_PARTS, FASTLORA_SHAPE);
     refuse(p.type != FASTLORA_BF16 && p.type != FASTLORA_FP16, FASTLORA_SHAPE);
     for (int i = 0; !status && i < p.count; i++) {
       const Part& part = p.parts[i];
       refuse(part.rank != ranks || part.column != columns, FASTLORA_SHAPE);
-      matrix(part.m, part.ranks, (of_b ? part.columns : 0) + depth, 2);
+      matrix(part.m, part.ranks, (columned ? part.columns : 0) + depth, element, written);
       size(part.ranks), size(part.columns);
-      ranks += part.ranks, columns += part.columns, widest = max(widest, part.columns);
+      ranks += part.ranks, columns += part.columns;
+      widest = max(widest, part.columns), highest = max(highest, part.ranks);
     }
-    size(ranks), size(columns), size(p.m), size(p.k);
-    matrix(p.x, p.m, p.k, 2);
+    size(ranks), size(columns), size(p.m);
+  }
+  // x [m, k] and its dropout
+  template <class P> void dropped(const P& p) {
+    refuse(p.dropped < 0 || p.dropped > 65536, FASTLORA_SHAPE);
+    size(p.k), matrix(p.x, p.m, p.k, 2);
+    if (p.seed) pointer(p.seed, sizeof *p.seed);
   }
   template <class P> int launch(void (*kernel)(P), dim3 grid, int threads, int bytes, const P& p, void* stream) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -164,7 +164,8 @@ extern "C" int launch_decode(const DecodeParams* params, void* stream) {
   if (check.status) return check.status;
   const DecodeParams& p = *params;
   const Route& r = p.route;
-  check.operands(p, p.k, false);
+  check.common(p, p.k, 2, false, false);
+  check.size(p.k), check.matrix(p.x, p.m, p.k, 2);
   check.refuse(check.columns != p.n || p.splits < 1 || p.splits > 65535 || r.count < 0, FASTLORA_SHAPE);
   check.refuse(r.count && (check.ranks || p.g.data), FASTLORA_SHAPE);
   check.refuse(p.m > TOKENS || r.count > THREADS, FASTLORA_TOO_LARGE);

@@ -109,6 +109,7 @@ extern "C" int launch_linear(const LinearParams* params, void* stream) {
   if (check.status) return check.status;
   const LinearParams& p = *params;
   check.common(p, 0);
+  check.dropped(p);
   check.refuse(check.columns != p.n, FASTLORA_SHAPE);
   const long long blocks = check.status ? 0 : cdiv(p.m, BM) * cdiv(check.widest, BN);
   check.size(blocks);

@@ -8,9 +8,9 @@ enum FastloraStatus { FASTLORA_OK, FASTLORA_NO_DEVICE, FASTLORA_NULL, FASTLORA_M
                       FASTLORA_SHAPE, FASTLORA_TOO_LARGE, FASTLORA_WORKSPACE, FASTLORA_CUDA = 1000 };
 
 struct Matrix { void* data; long long stride; };  // `stride` elements from one row to the next
-// Columns of z and, in the GEMM, the columns of y that they update; each part begins where the one before ends.
+// Columns of z and, where b is, the columns of y that they update; each part begins where the one before ends.
 struct Part {
-  Matrix m;  // GEMM: b as w, [columns, ranks] or transposed [ranks, columns]; shrink: a [ranks, k]
+  Matrix m;  // b as w, [columns, ranks] or transposed [ranks, columns]; shrink: a [ranks, k], its backward: da
   long long rank, ranks, column, columns;
 };
 
@@ -64,9 +64,38 @@ struct DecodeParams {
   int count, type, splits;
 };
 
+// t = dy bᵀ, t ⊙ (scale · g), t ⊙ z, and db = (z ⊙ (scale · g))ᵀ dy, (z ⊙ …) rounded to dy's type as the shrink does it.
+struct Expand_backwardParams {
+  Matrix dy, z, g;            // [m, columns]; fp32 [m, ranks]; null or fp32, stride 0 for one row
+  Matrix t, dz, dg;           // null or [m, ranks], in fp32, dy's type, fp32
+  Matrix db[FASTLORA_PARTS];  // null or [columns, ranks], in dy's type or fp32
+  float* partial;             // both as fastlora_expand_backward_workspace() says; counters are zero and left as zeros
+  unsigned* arrived;
+  Part parts[FASTLORA_PARTS];
+  long long m, partials, counters;
+  float scale;
+  int count, type, splits, fp32_db;  // splits: parts of n for t; db has one for each block of rows
+};
+
+// da = dzᵀ D(x)
+struct Shrink_backwardParams {
+  Matrix x, dz;           // [m, k]; [m, ranks] gated, in x's type or fp32
+  const long long* seed;  // null or one number
+  float* partial;         // where splits > 1: for each counter splits · 2 · FASTLORA_TILE floats
+  unsigned* arrived;      // and fastlora_shrink_backward_counters() zeros, left as zeros
+  Part parts[FASTLORA_PARTS];
+  long long m, k, partials, counters;
+  int count, dropped, type, splits, fp32_dz, fp32_da;  // splits: parts of m, added in their order
+};
+
 extern "C" const char* fastlora_error(int status);
 extern "C" int launch_linear(const LinearParams* params, void* stream);
 extern "C" int launch_shrink(const ShrinkParams* params, void* stream);
 extern "C" long long fastlora_shrink_counters(long long m, long long ranks);
 extern "C" int launch_decode(const DecodeParams* params, void* stream);
 extern "C" long long fastlora_decode_counters(long long parts, long long widest);
+extern "C" int launch_expand_backward(const Expand_backwardParams* params, void* stream);
+extern "C" int launch_shrink_backward(const Shrink_backwardParams* params, void* stream);
+// Floats, and the number of counters, of what the params describe: m, parts and splits are looked at.
+extern "C" long long fastlora_expand_backward_workspace(const Expand_backwardParams* params, long long* counters);
+extern "C" long long fastlora_shrink_backward_counters(long long k, long long ranks);

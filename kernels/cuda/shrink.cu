@@ -82,6 +82,7 @@ extern "C" int launch_shrink(const ShrinkParams* params, void* stream) {
   if (check.status) return check.status;
   const ShrinkParams& p = *params;
   check.common(p, p.k);
+  check.dropped(p);
   const long long ranks = check.ranks, tiles = check.status ? 0 : fastlora_shrink_counters(p.m, ranks);
   check.size(tiles);
   check.refuse(p.splits < 1 || p.splits > 65535, FASTLORA_SHAPE);

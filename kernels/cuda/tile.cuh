@@ -47,27 +47,54 @@ template <class T> DEVICE T* at(const Matrix& m, long long row, long long column
   return static_cast<T*>(m.data) + row * m.stride + column;
 }
 
+template <class T> DEVICE void put(const Matrix& m, bool fp32, int row, int column, float value) {
+  if (fp32) *at<float>(m, row, column) = value;
+  else *at<T>(m, row, column) = T(value);
+}
+
 // Where a chunk of eight elements lies in a tile of CHUNKS a row: eight rows of one column of chunks fill all banks.
 template <int CHUNKS> DEVICE int swizzle(int row, int chunk) {
   return (row * CHUNKS + (chunk ^ (CHUNKS == 4 ? row / 2 % 4 : row % 8))) * 16;
 }
 
-// Eight elements at `from` + offset, zeros from the count-th on. A chunk off the grid of 16 bytes is copied by hand.
-template <class T> DEVICE void copy_chunk(unsigned char* to, const T* from, long long offset, int count) {
+// Eight elements at `from` + offset, zeros from the count-th on. A chunk off the grid of 16 bytes is copied by hand; so is
+// one of another type.
+template <class S, class T = S> DEVICE void copy_chunk(unsigned char* to, const S* from, long long offset, int count) {
   count = max(0, min(count, 8));
   from += count ? offset : 0;
-  if (reinterpret_cast<size_t>(from) % 16 == 0) return copy_async(to, from, 2 * count);
+  if (sizeof(S) == sizeof(T) && reinterpret_cast<size_t>(from) % 16 == 0) return copy_async(to, from, 2 * count);
   Vector<T, 8> chunk;
-  UNROLL for (int i = 0; i < 8; i++) chunk.v[i] = i < count ? from[i] : T(0.f);
+  UNROLL for (int i = 0; i < 8; i++) chunk.v[i] = i < count ? T(from[i]) : T(0.f);
   *reinterpret_cast<Vector<T, 8>*>(to) = chunk;
 }
 
 // ROWS × 8·CHUNKS elements of a matrix, zeros outside its rows and columns.
-template <class T, int ROWS, int CHUNKS, int THREADS>
-DEVICE void copy_tile(unsigned char* tile, const T* from, long long stride, int row0, int rows, int column0, int columns) {
+template <class T, int ROWS, int CHUNKS, int THREADS, class S>
+DEVICE void copy_tile(unsigned char* tile, const S* from, long long stride, int row0, int rows, int column0, int columns) {
   UNROLL for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
     const int row = row0 + i / CHUNKS, column = column0 + i % CHUNKS * 8, count = row < rows ? columns - column : 0;
-    copy_chunk(tile + swizzle<CHUNKS>(i / CHUNKS, i % CHUNKS), from, row * stride + column, count);
+    copy_chunk<S, T>(tile + swizzle<CHUNKS>(i / CHUNKS, i % CHUNKS), from, row * stride + column, count);
+  }
+}
+
+// acc[j · STRIDE] += rows first … first + 15 of `left`, or columns where it is TURNED, times the columns of tile + j · STEP
+// of `right`: it has tiles of eight columns, 64 in all, and its rows are the sum's K.
+template <class T, bool TURNED, int K, int CHUNKS, int STEP, int STRIDE>
+DEVICE void multiply_rows(Vector<float, 4>* acc, const unsigned char* left, int first, const unsigned char* right,
+                          int tile, int tiles, int lane) {
+  UNROLL for (int k = 0; k < K; k += 32) {
+    uint32_t a[2][4], b[4];
+    UNROLL for (int i = 0; i < 2; i++) {
+      const int k0 = k + i * 16;
+      if (TURNED) ldmatrix_trans(a[i], left + swizzle<CHUNKS>(k0 + lane / 16 * 8 + lane % 8, first / 8 + lane / 8 % 2));
+      else ldmatrix(a[i], left + swizzle<CHUNKS>(first + lane % 16, k0 / 8 + lane / 16));
+    }
+    UNROLL for (int j = 0; j * STEP < 8; j++) {
+      if (tile + j * STEP >= tiles) break;
+      ldmatrix_trans(b, right + swizzle<8>(k + lane, tile + j * STEP));
+      mma(acc[j * STRIDE].v, a[0], b[0], b[1], T{});
+      mma(acc[j * STRIDE].v, a[1], b[2], b[3], T{});
+    }
   }
 }
 

@@ -1,7 +1,7 @@
 """Builds the CUDA kernels, with g++ against the emulator or with nvcc, and calls their launchers on torch tensors.
 
-The structs and enums are read from params.h. With FASTLORA_CUDA_DEVICE=cuda, test_linear.py, test_shrink.py
-and test_decode.py run their cases on a GPU.
+The structs and enums are read from params.h. With FASTLORA_CUDA_DEVICE=cuda the tests of the kernels run their
+cases on a GPU.
 """
 
 import contextlib
@@ -149,8 +149,10 @@ class Library:
         self.path, self.library = path, ctypes.CDLL(str(path))
         self.constants, self.structs = declarations(header)
         self.library.fastlora_error.restype = ctypes.c_char_p
-        for counters in (self.library.fastlora_shrink_counters, self.library.fastlora_decode_counters):
+        for name in ("shrink", "decode", "shrink_backward"):
+            counters = self.library[f"fastlora_{name}_counters"]
             counters.restype, counters.argtypes = ctypes.c_longlong, [ctypes.c_longlong, ctypes.c_longlong]
+        self.library.fastlora_expand_backward_workspace.restype = ctypes.c_longlong
         self.emulated = hasattr(self.library, "emulate_seed")
         if self.emulated:
             self.library.emulate_seed.argtypes = [ctypes.c_uint64]
@@ -279,7 +281,8 @@ def assert_close(actual, truth, size, exact):
         wrong = actual != truth.to(actual.dtype)
     else:
         mantissa = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}[actual.dtype]
-        half_ulp = 2.0 ** (truth.abs().clamp(min=1e-30).log2().floor() - mantissa)
+        least = torch.finfo(actual.dtype).smallest_normal
+        half_ulp = 2.0 ** (truth.abs().clamp(min=least).log2().floor() - mantissa)
         wrong = ~((actual.double() - truth).abs() <= half_ulp + 3e-6 * size)
     assert not wrong.any(), (
         f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {wrong.nonzero()[0].tolist()}: "

@@ -27,7 +27,7 @@ KINDS = [
     ("race in", "race"), ("under way", "copy in flight"), ("never written", "unwritten"),
     ("divergent|returned|deadlock", "divergence"), ("misaligned", "alignment"), ("bank conflicts", "bank conflicts"),
     ("outside|cross the end|only read|beyond its", "bounds"), ("counters", "counters"), ("other bits", "order"),
-    ("wrong, first at", "values"), ("cudaFuncSetAttribute", "launch"), ("BuildError", "does not compile"),
+    ("wrong, first at", "values"), ("cudaFuncSetAttribute|bad grid", "launch"), ("BuildError", "does not compile"),
     ("refused|FASTLORA_|sentence|fit together|too small|beyond 2|is null|misaligned$", "refusal"),
     ("worse|operands|assert", "assertion"),
 ]  # fmt: skip
