@@ -29,10 +29,8 @@ struct Check {
     pointer(p.arrived, sizeof *p.arrived);
     refuse(p.partials < floats || p.counters < tiles, FASTLORA_WORKSPACE);
   }
-  // What the params have in common; `depth` is the length of a row of a.
-  template <class P> void common(const P& p, long long depth) {
-    refuse(p.count < 0 || p.count > FASTLORA_PARTS || p.dropped < 0 || p.dropped > 65536, FASTLORA_SHAPE);
-    refuse(p.type != FASTLORA_BF16 && p.type != FASTLORA_FP16, FASTLORA_SHAPE);
+  template <class P> void parts(const P& p, long long depth) {  // `depth` is the length of a row of a
+    refuse(p.count < 0 || p.count > FASTLORA_PARTS || (p.type != FASTLORA_BF16 && p.type != FASTLORA_FP16), FASTLORA_SHAPE);
     for (int i = 0; !status && i < p.count; i++) {
       const Part& part = p.parts[i];
       refuse(part.rank != ranks || part.column != columns, FASTLORA_SHAPE);
@@ -40,7 +38,13 @@ struct Check {
       size(part.ranks), size(part.columns);
       ranks += part.ranks, columns += part.columns, widest = max(widest, part.columns);
     }
-    size(ranks), size(columns), size(p.m), size(p.k);
+    size(ranks), size(columns), size(p.m);
+  }
+  // What the params of a layer have in common.
+  template <class P> void common(const P& p, long long depth) {
+    parts(p, depth);
+    refuse(p.dropped < 0 || p.dropped > 65536, FASTLORA_SHAPE);
+    size(p.k);
     matrix(p.x, p.m, p.k, 2);
     if (p.seed) pointer(p.seed, sizeof *p.seed);
   }

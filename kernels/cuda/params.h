@@ -38,7 +38,16 @@ struct ShrinkParams {
   int count, dropped, type, splits;  // splits: parts of K, added in their order
 };
 
+// y += z b, in place, columns of the parts side by side.
+struct ExpandParams {
+  Matrix y, z;  // [m, columns]; gated, in y's type, [m, ranks]
+  Part parts[FASTLORA_PARTS];
+  long long m;
+  int count, type;
+};
+
 extern "C" const char* fastlora_error(int status);
 extern "C" int launch_linear(const LinearParams* params, void* stream);
 extern "C" int launch_shrink(const ShrinkParams* params, void* stream);
 extern "C" long long fastlora_shrink_counters(long long m, long long ranks);
+extern "C" int launch_expand(const ExpandParams* params, void* stream);
