@@ -29,6 +29,15 @@ template <class T> DEVICE void multiply(float (&d)[4], const Vector<T, 8> (&l)[2
   }
 }
 
+// d += l r, 16 × 16 by 16 × 64: k = lane % 4 · 4 … + 3, rows lane / 4 and lane / 4 + 8 of l, lane / 4 · 8 … + 7 of r's columns.
+template <class T> DEVICE void multiply(float (&d)[8][4], const Vector<T, 4> (&l)[2], const Vector<T, 8> (&r)[4]) {
+  const uint32_t left[4] = {word(l[0], 0), word(l[1], 0), word(l[0], 2), word(l[1], 2)};
+  UNROLL for (int j = 0; j < 8; j++) {
+    const Vector<T, 4> k = {{r[0].v[j], r[1].v[j], r[2].v[j], r[3].v[j]}};
+    mma(d[j], left, word(k, 0), word(k, 2), T{});
+  }
+}
+
 // A lane's half `i` of a strip onto its row of y, of which `count` columns are left where the strip begins.
 template <class T> DEVICE void add(T* y, const float (&d)[8][4], int i, int column, int count) {
   UNROLL for (int e = 0; e < 2; e++, column += 8) {
