@@ -107,7 +107,7 @@ def test_routed_expand(case, mode):
 
 @pytest.mark.parametrize("slices", [(40,), (24, 8, 40)], ids=str)
 def test_both_halves_are_the_op(slices):
-    """The shrink's z through the expand, against lora_routed's reference, whose pages and route are the same tensors."""
+    """The shrink's z through the expand, against lora_routed's reference, which is given the same pages and route."""
     case, library = Case(MIXED[:3] * 7, 100, slices=slices, splits=2), harness.library()
     problem = Problem(case)
     problem.z = shrink.Problem(case).run(library, 3)
@@ -117,7 +117,8 @@ def test_both_halves_are_the_op(slices):
     pages = fastlora.Pages(A.double(), B.double(), problem.table, problem.ranks, problem.scales.double(), columns)
     x, route = problem.x.double(), problem.route
     weight = torch.zeros(sum(slices), 100, dtype=torch.float64)
-    given = (x, weight, [], [], torch.tensor(1.0), None, route.tensors, route.gates.double(), [], slices, list(pages[:6]))
+    gates, pages = route.gates.double(), list(pages[:6])
+    given = (x, weight, [], [], torch.tensor(1.0), None, route.tensors, gates, [], slices, pages)
     update, z = lora_routed_forward_reference(*given)
     assert_close(problem.z, z, z.abs() + 30, False)
     truth = problem.before.double() + update

@@ -1,4 +1,4 @@
-"""The shrink of tokens with adapters of their own, on the emulator against float64; test_routed_expand.py shares Problem."""
+"""The shrink of tokens with adapters of their own, on the emulator against float64: values, order of sums, counters."""
 
 from dataclasses import dataclass, replace
 
@@ -89,7 +89,7 @@ class Problem:
         return z.flatten(2)
 
     def set_route(self, p, pages, strides):
-        """Fills the Routed and the Pages of params: the tensor, elements from page to page, slice to slice, row to row."""
+        """Fills the Routed and the Pages of params; strides: the pages, then elements from page to page, slice, row."""
         route = self.route
         for name in ("order", "tiles", "offsets", "slots"):
             setattr(p.route, name, getattr(route, name).data_ptr())
