@@ -1,7 +1,7 @@
 """Builds the CUDA kernels, with g++ against the emulator or with nvcc, and calls their launchers on torch tensors.
 
-The structs and enums are read from params.h. With FASTLORA_CUDA_DEVICE=cuda, test_linear.py and
-test_shrink.py run their cases on a GPU.
+The structs and enums are read from params.h. With FASTLORA_CUDA_DEVICE=cuda, the tests of the kernels
+run their cases on a GPU.
 """
 
 import contextlib

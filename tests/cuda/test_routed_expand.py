@@ -6,7 +6,7 @@ import harness
 import pytest
 import test_routed_shrink as shrink
 import torch
-from harness import assert_close, set_matrix
+from harness import DEVICE, assert_close, set_matrix
 from test_routed_shrink import MIXED, Case
 
 import fastlora
@@ -22,9 +22,8 @@ class Problem(shrink.Problem):
         super().__init__(case)
         n, k, rng = sum(case.slices), len(case.slices), self.rng
         self.before = self.fill(self.empty(len(case.lists), n))
-        self.scales = 2.0 ** torch.randint(-1, 2, (len(case.ranks),), generator=rng)
-        if not case.exact:
-            self.scales = torch.rand(len(case.ranks), generator=rng) + 0.5
+        scales = torch.rand(len(case.ranks), generator=rng) + 0.5
+        self.scales = (scales.log2().round().exp2() if case.exact else scales).to(DEVICE)
         # NaN beyond a rank: what is no rank row is not read
         self.z = self.empty(len(self.route.slots), k * 8 * self.pages, dtype=torch.float32)
         self.y, self.size = self.before.double(), self.before.double().abs()
@@ -69,7 +68,7 @@ class Problem(shrink.Problem):
         y = self.empty(*self.before.shape).copy_(self.before)
         library.launch("launch_routed_expand", self.params(library, y), self.tensors(y), schedule)
         assert harness.outside(y) == 0, "wrote outside"
-        bare = torch.tensor([not entries for entries in self.case.lists])
+        bare = torch.tensor([not entries for entries in self.case.lists], device=DEVICE)
         assert torch.equal(y[bare], self.before[bare]), "a token without a list has other bits"
         return y
 
@@ -113,10 +112,10 @@ def test_both_halves_are_the_op(slices):
     problem.z = shrink.Problem(case).run(library, 3)
     y = problem.run(library, 3)
     A, B = problem.A.view(-1, len(slices), 8, 100), problem.B.view(-1, 8, sum(slices))
-    columns = torch.full((len(case.ranks),), -1, dtype=torch.int32)
+    columns = torch.full((len(case.ranks),), -1, dtype=torch.int32, device=DEVICE)
     pages = fastlora.Pages(A.double(), B.double(), problem.table, problem.ranks, problem.scales.double(), columns)
     x, route = problem.x.double(), problem.route
-    weight = torch.zeros(sum(slices), 100, dtype=torch.float64)
+    weight = torch.zeros(sum(slices), 100, dtype=torch.float64, device=DEVICE)
     gates, pages = route.gates.double(), list(pages[:6])
     given = (x, weight, [], [], torch.tensor(1.0), None, route.tensors, gates, [], slices, pages)
     update, z = lora_routed_forward_reference(*given)
@@ -125,6 +124,27 @@ def test_both_halves_are_the_op(slices):
     # z is rounded to bf16, y as well
     assert (y.double() - truth).abs().max() < 2**-8 * (truth.abs().max() + (z.abs().max() * 40**0.5 * 4))
     assert torch.cosine_similarity((y - problem.before).double().flatten(), update.flatten(), 0) > 0.9999
+
+
+@pytest.mark.skipif(harness.DEVICE != "cpu", reason="reserves memory of the host")
+@pytest.mark.parametrize("name", ["y", "B", "z"])
+def test_far_apart(name):
+    problem, library = Problem(Case([[(0, 1.0), (1, 1.0)]] * 3, ranks=(8, 16))), harness.library()
+    tensors = dict(y=problem.before, B=problem.B, z=problem.z)
+    tensors[name] = shrink.far(tensors[name])
+    problem.B, problem.z = tensors["B"], tensors["z"]
+    library.launch("launch_routed_expand", problem.params(library, tensors["y"]), problem.tensors(tensors["y"]), 2)
+    assert_close(tensors["y"], problem.y, problem.size, False)
+
+
+@pytest.mark.parametrize("slot", [-1, 1, 2**31 - 1])
+def test_what_the_tables_do_not_hold(slot):
+    """A slot that is not in them has no rank, a rank beyond them is cut off: their neighbours are not read."""
+    problem = Problem(Case([[(0, 1.0), (9, 1.0)], [(0, 2.0)]], ranks=(40,)))
+    problem.route.slots[1] = slot
+    problem.ranks = torch.tensor([8, 60, 8], dtype=torch.int32, device=DEVICE)[1:2]
+    problem.table = torch.cat([0 * problem.table, problem.table, 0 * problem.table])[1:2]
+    assert_close(problem.run(harness.library(), 1), problem.y, problem.size, False)
 
 
 REFUSALS = [

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import harness
 import pytest
 import torch
-from harness import assert_close, set_matrix
+from harness import DEVICE, assert_close, set_matrix
 
 import fastlora
 
@@ -44,10 +44,10 @@ class Problem:
         self.x = self.fill(self.empty(len(case.lists), case.k))
         self.A, self.B = self.empty(count * k * 8, case.k), self.empty(count * 8, n)
         self.a, self.b = [], []  # of a slot: (slices, rank, k) and (rank, n), in float64
-        self.table = torch.full((len(case.ranks), self.pages), -1, dtype=torch.int32)
+        self.table = torch.full((len(case.ranks), self.pages), -1, dtype=torch.int32, device=DEVICE)
         for slot, r in enumerate(case.ranks):
-            self.a.append(torch.zeros(k, r, case.k, dtype=torch.float64))
-            self.b.append(torch.zeros(r, n, dtype=torch.float64))
+            self.a.append(torch.zeros(k, r, case.k, dtype=torch.float64, device=DEVICE))
+            self.b.append(torch.zeros(r, n, dtype=torch.float64, device=DEVICE))
             for row in range(r):
                 if row % 8 == 0:
                     self.table[slot, row // 8] = free.pop()
@@ -61,8 +61,8 @@ class Problem:
             self.x[:, half:], self.A[:, half:] = self.x[:, :half], -self.A[:, :half]
             for a in self.a:
                 a[..., half:] = -a[..., :half]
-        self.ranks = torch.tensor(case.ranks, dtype=torch.int32)
-        self.route = fastlora.Route.from_lists(list(case.lists))
+        self.ranks = torch.tensor(case.ranks, dtype=torch.int32, device=DEVICE)
+        self.route = fastlora.Route.from_lists(list(case.lists), DEVICE)
         self.used = len(self.route.slots)
         if case.room:
             self.route = self.route.with_room(self.used + 5, len(self.route.tiles) + 2)
@@ -78,7 +78,7 @@ class Problem:
 
     def shrunk(self):
         """(z, Σ |x| |a|) in float64."""
-        z = torch.zeros(2, self.used, len(self.case.slices), 8 * self.pages, dtype=torch.float64)
+        z = torch.zeros(2, self.used, len(self.case.slices), 8 * self.pages, dtype=torch.float64, device=DEVICE)
         entry = 0
         for x, entries in zip(self.x.double(), self.case.lists, strict=True):
             for slot, _ in entries:
@@ -194,6 +194,24 @@ def test_z_of_a_token_is_its_own():
     alone.table = shared.table
     a, b = (problem.run(harness.library(), 3) for problem in (alone, shared))
     assert torch.equal(a[0], b[-1])
+
+
+def far(t):
+    """The same in rows gigabytes apart: the last lies beyond 2^31 elements."""
+    return harness.far_apart(*t.shape, t.dtype, 2**32 // len(t)).copy_(t)
+
+
+@pytest.mark.skipif(harness.DEVICE != "cpu", reason="reserves memory of the host")
+@pytest.mark.parametrize("name", ["x", "A", "z"])
+def test_far_apart(name):
+    problem, library = Problem(Case([[(0, 1.0), (1, 1.0)]] * 3, 40, ranks=(8, 16))), harness.library()
+    tensors = {
+        key: far(t) if key == name else t for key, t in dict(x=problem.x, A=problem.A, z=problem.output()).items()
+    }
+    problem.x, problem.A, workspace = tensors["x"], tensors["A"], problem.workspace(library)
+    declared = problem.inputs() | {key: (t, 1) for key, t in tensors.items()}
+    library.launch("launch_routed_shrink", problem.params(library, tensors["z"], workspace), declared, 2)
+    assert_close(tensors["z"], *problem.shrunk(), False)
 
 
 REFUSALS = [
