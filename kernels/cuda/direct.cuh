@@ -38,13 +38,15 @@ template <class T> DEVICE void multiply(float (&d)[8][4], const Vector<T, 4> (&l
   }
 }
 
-// A lane's half `i` of a strip onto its row of y, of which `count` columns are left where the strip begins.
+// A lane's half `i` of a strip onto its row of y, of which `count` columns are left where the strip begins. What is loaded by
+// hand is stored by hand, in one branch: nvcc makes eight stores of a chunk that may have come either way.
 template <class T> DEVICE void add(T* y, const float (&d)[8][4], int i, int column, int count) {
   UNROLL for (int e = 0; e < 2; e++, column += 8) {
-    Vector<T, 8> sum = load<8>(y, column, count - column);
-    UNROLL for (int j = 0; j < 8; j++) sum.v[j] = T(float(sum.v[j]) + d[j][2 * i + e]);
-    const bool whole = count - column >= 8 && reinterpret_cast<size_t>(y + column) % sizeof sum == 0;
-    if (whole) *reinterpret_cast<Vector<T, 8>*>(y + column) = sum;
-    UNROLL for (int j = 0; j < 8; j++) if (!whole && column + j < count) y[column + j] = sum.v[j];
+    T* to = y + column;
+    if (count - column >= 8 && reinterpret_cast<size_t>(to) % sizeof(Vector<T, 8>) == 0) {
+      Vector<T, 8> sum = *reinterpret_cast<Vector<T, 8>*>(to);
+      UNROLL for (int j = 0; j < 8; j++) sum.v[j] = T(float(sum.v[j]) + d[j][2 * i + e]);
+      *reinterpret_cast<Vector<T, 8>*>(to) = sum;
+    } else UNROLL for (int j = 0; j < 8; j++) if (column + j < count) to[j] = T(float(to[j]) + d[j][2 * i + e]);
   }
 }
