@@ -77,7 +77,7 @@ SMALLEST = shrink.SMALLEST
 CASES = [
     replace(SMALLEST, name="smallest"),
     Case(MIXED, name="compositions"),
-    Case([[(i % 6, 2.0)] for i in range(19)], slices=(139,), dtype=torch.float16, name="a token each, odd N"),
+    Case([[(i % 6, (2.0, -0.5)[i % 5 // 3])] for i in range(19)], slices=(139,), dtype=torch.float16, name="odd N"),
     Case([[(0, 1.0)]] * 35 + [[]] * 3 + [[(4, 0.5), (2, -1.0)]] * 17, slices=(72,), name="several tiles"),
     Case(MIXED[:4], slices=(264,), room=True, name="two blocks of columns, in buffers with room"),
     Case([[(4, 1.0)], [(5, 1.0), (4, 0.5)]], slices=(80, 16, 300), dtype=torch.float16, name="slices"),
