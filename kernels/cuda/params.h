@@ -51,10 +51,10 @@ struct Pages { void* data; long long page, slice, row; };
 // Which adapters each token uses: the tensors of a Route and of Pages (fastlora/ops/route.py). They are trusted, but a
 // slot that is not in the tables has rank 0.
 struct Routed {
-  const long long* order;                       // [m]
-  const int *tiles, *offsets, *slots, *ranks;   // [tiles, 3]; [m + 1]; [entries]; [adapters]
-  Matrix table;                                 // int [adapters, pages]
-  long long m, count, entries, adapters, pages; // count: of tiles
+  const long long* order;                         // [m]
+  const int *tiles, *offsets, *slots, *ranks;     // [count, 3]; [m + 1]; [entries]; [adapters]
+  Matrix table;                                   // int [adapters, pages]
+  long long m, count, entries, adapters, pages;
 };
 
 // z[entry] = x aᵀ of its token and slot: in fp32, for each slice 8 · pages columns, zero beyond the rank.

@@ -187,7 +187,7 @@ def test_refusals(status, path, value):
 
 
 @pytest.mark.parametrize("columns, status", [((2**31, 4), "TOO_LARGE"), ((-1, 4), "SHAPE"), ((2**24, 4), "TOO_LARGE")])
-def test_columns_are_checked(columns, status):
+def test_widths(columns, status):
     library, problem = harness.library(), Problem(Case(MIXED, slices=(16, 24)))
     params = problem.params(library, problem.before)
     params.columns[:2], params.y.stride = columns, 2**30
