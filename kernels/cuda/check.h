@@ -29,8 +29,9 @@ struct Check {
     pointer(p.arrived, sizeof *p.arrived);
     refuse(p.partials < floats || p.counters < tiles, FASTLORA_WORKSPACE);
   }
-  // What all params have in common; `depth` is the length of a row of a part's matrix, beside its columns if it has them.
-  template <class P> void common(const P& p, long long depth, int element = 2, bool written = false, bool columned = true) {
+  // What all params have in common; a row of a part's matrix has its columns, if it is `columned`, and `depth` elements more.
+  template <class P>
+  void common(const P& p, long long depth, int element = 2, bool written = false, bool columned = true) {
     refuse(p.count < 0 || p.count > FASTLORA_PARTS, FASTLORA_SHAPE);
     refuse(p.type != FASTLORA_BF16 && p.type != FASTLORA_FP16, FASTLORA_SHAPE);
     for (int i = 0; !status && i < p.count; i++) {

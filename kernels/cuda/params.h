@@ -2,7 +2,7 @@
 // pointer is memory of the current device. `dropped` is round(p · 65536), `type` a FastloraType.
 #pragma once
 enum FastloraType { FASTLORA_BF16, FASTLORA_FP16 };
-enum FastloraLimits { FASTLORA_PARTS = 8, FASTLORA_TILE = 4096 };
+enum FastloraLimits { FASTLORA_PARTS = 8, FASTLORA_TILE = 4096, FASTLORA_ROUTED_TILE = 512 };
 // FASTLORA_CUDA + e is the runtime's error e. fastlora_error has a sentence for each.
 enum FastloraStatus { FASTLORA_OK, FASTLORA_NO_DEVICE, FASTLORA_NULL, FASTLORA_MISALIGNED, FASTLORA_FOREIGN,
                       FASTLORA_SHAPE, FASTLORA_TOO_LARGE, FASTLORA_WORKSPACE, FASTLORA_CUDA = 1000 };
@@ -88,6 +88,46 @@ struct Shrink_backwardParams {
   int count, dropped, type, splits, fp32_dz, fp32_da;  // splits: parts of m, added in their order
 };
 
+// y += z b, in place, columns of the parts side by side.
+struct ExpandParams {
+  Matrix y, z;  // [m, columns]; gated, in y's type, [m, ranks]
+  Part parts[FASTLORA_PARTS];
+  long long m;
+  int count, type;
+};
+
+// Rank row r of slot s: row r % 8 of page table[s, r / 8]. Elements from one page, slice of y's columns, row to the next.
+struct Pages { void* data; long long page, slice, row; };
+// Which adapters each token uses: the tensors of a Route and of Pages (fastlora/ops/route.py). They are trusted, but a
+// slot that is not in the tables has rank 0.
+struct Routed {
+  const long long* order;                         // [m]
+  const int *tiles, *offsets, *slots, *ranks;     // [count, 3]; [m + 1]; [entries]; [adapters]
+  Matrix table;                                   // int [adapters, pages]
+  long long m, count, entries, adapters, pages;
+};
+
+// z[entry] = x aᵀ of its token and slot: in fp32, for each slice 8 · pages columns, zero beyond the rank.
+struct Routed_shrinkParams {
+  Matrix x, z;        // [m, k]; [entries, slices · 8 · pages]
+  Pages a;            // rows of k
+  Routed route;
+  float* partial;     // where splits > 1: for each counter splits · FASTLORA_ROUTED_TILE floats
+  unsigned* arrived;  // and entries · slices · ⌈pages / 4⌉ zeros, left as zeros
+  long long k, slices, partials, counters;
+  int type, splits;
+};
+
+// y[token] += Σ gate · scale · z[entry] b over its slots, in place; a token without any keeps its bits.
+struct Routed_expandParams {
+  Matrix y, z;                        // [m, columns of all slices]; as the shrink leaves it
+  Pages b;                            // rows of y's columns, all slices side by side
+  Routed route;
+  const float *gates, *scales;        // [entries]; [adapters]
+  long long columns[FASTLORA_PARTS];  // of each slice
+  int count, type;
+};
+
 extern "C" const char* fastlora_error(int status);
 extern "C" int launch_linear(const LinearParams* params, void* stream);
 extern "C" int launch_shrink(const ShrinkParams* params, void* stream);
@@ -99,3 +139,6 @@ extern "C" int launch_shrink_backward(const Shrink_backwardParams* params, void*
 // Floats, and the number of counters, of what the params describe: m, parts and splits are looked at.
 extern "C" long long fastlora_expand_backward_workspace(const Expand_backwardParams* params, long long* counters);
 extern "C" long long fastlora_shrink_backward_counters(long long k, long long ranks);
+extern "C" int launch_expand(const ExpandParams* params, void* stream);
+extern "C" int launch_routed_shrink(const Routed_shrinkParams* params, void* stream);
+extern "C" int launch_routed_expand(const Routed_expandParams* params, void* stream);

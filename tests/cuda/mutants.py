@@ -85,7 +85,7 @@ def judge(file, old, new):
         for part, files, choice in (
             ("plain", tests, ["-k", "not checked"]),
             ("checked", tests, ["-k", "checked"]),
-            ("ptx", ["test_ptx.py"], ["-k", "mma or ldmatrix or copies"]),
+            ("ptx", ["test_ptx.py"], ["-k", "mma or ldmatrix or copies or chunks"]),
         ):
             kind = run(files, kernels, *choice)
             if kind:

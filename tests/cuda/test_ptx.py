@@ -112,6 +112,17 @@ def test_copies(arch):
     assert order == sorted(order)
 
 
+@pytest.mark.parametrize("op, loads, stores", [("expand", 14, 4), ("routed_shrink", 6, 0), ("routed_expand", 8, 4)])
+def test_chunks_are_moved_at_once(op, loads, stores):
+    """Where direct.cuh means an access of 16 bytes, nvcc makes one: not eight of two bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / f"{op}.ptx"
+        nvcc("-arch=compute_80", "-ptx", harness.KERNELS / f"{op}.cu", "-o", ptx)
+        bodies = re.findall(r"\.entry \w+\((.*?)\n}", ptx.read_text(), re.S)
+    found = [tuple(body.count(f"{kind}.global.v4.u32") for kind in ("ld", "st")) for body in bodies]
+    assert found == [(loads, stores)] * 2
+
+
 def resources():
     """{sm_80: {kernel: costs}, …} as ptxas reports them; dynamic shared memory is what the launchers ask for."""
     found, dynamic = {}, {}
