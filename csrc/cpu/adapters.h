@@ -98,7 +98,8 @@ class Adapters {
 
   void add_pages(Entry& entry, int64_t slot, TensorList pages) {
     const auto N = pages[1].size(2), bytes = x.element_size(), page_b = 8 * N * bytes;
-    const auto *A = static_cast<const char*>(pages[0].const_data_ptr()), *B = static_cast<const char*>(pages[1].const_data_ptr());
+    const auto* A = static_cast<const char*>(pages[0].const_data_ptr());
+    const auto* B = static_cast<const char*>(pages[1].const_data_ptr());
     const auto* table = pages[2].const_data_ptr<int32_t>() + slot * pages[2].size(1);
     entry.rank = pages[3].const_data_ptr<int32_t>()[slot];
     entry.scale = pages[4].const_data_ptr<float>()[slot];
