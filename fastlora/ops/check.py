@@ -56,9 +56,9 @@ def probability(p):
     value(math.isfinite(p) and 0 <= p <= 1, "dropout_p", p, "a number from 0 to 1")
 
 
-def dropout(p, seed, x):
-    probability(p)
-    if p > 0:
+def dropout(x, dropout_p, seed):
+    probability(dropout_p)
+    if dropout_p > 0:
         value(seed is not None, "seed", None, "a 0-d int64 tensor when dropout_p > 0")
         kind(seed.dtype == torch.int64, "seed", seed.dtype, "torch.int64")
         value(seed.dim() == 0, "seed", f"shape {tuple(seed.shape)}", "a 0-d tensor")
@@ -91,7 +91,7 @@ def shrink(x, lora_A, dropout_p, seed):
     value(x.dim() >= 1, "x", "a 0-d tensor", "(..., in)")
     for a in lora_A:
         matrix("lora_A", a, None, x.shape[-1], x)
-    dropout(dropout_p, seed, x)
+    dropout(x, dropout_p, seed)
 
 
 def base(x, weight, bias):

@@ -2,9 +2,8 @@
 
 import torch
 
-from fastlora import backends
 from fastlora.ops import check
-from fastlora.ops.library import blanks, define, scalar
+from fastlora.ops.library import differentiable, scalar
 from fastlora.ops.shrink import apart, flat, join
 
 
@@ -76,18 +75,8 @@ def lora_expand_backward_reference(dy, z, lora_B, scaling, gates, ranks, columns
     return dz, dB, dscaling if need_scaling else z.new_empty(0), dgates if need_gates else z.new_empty(0)
 
 
-def _fake(y, z, lora_B, scaling, gates, ranks, columns):
-    check.expand(y, z, lora_B, scaling, gates, ranks, columns)
-    return y.new_empty(y.shape)
-
-
-backends.register("lora_expand", "reference", lora_expand_reference)
-backends.register("lora_expand_backward", "reference", lora_expand_backward_reference)
-_SHARED = "Tensor z, Tensor[] lora_B, Tensor scaling, Tensor? gates, int[] ranks, int[] columns"
-lora_expand_op = define("lora_expand", f"Tensor y, {_SHARED}", "Tensor", _fake, check.expand)
-define(
-    "lora_expand_backward",
-    f"Tensor dy, {_SHARED}, bool[4] needs",
-    "(Tensor, Tensor[], Tensor, Tensor)",
-    lambda dy, z, lora_B, scaling, gates, ranks, columns, needs: blanks((z, lora_B, scaling, gates), needs, z),
+_ARGUMENTS = "Tensor y, Tensor z, Tensor[] lora_B, Tensor scaling, Tensor? gates, int[] ranks, int[] columns"
+_REFERENCES = lora_expand_reference, lora_expand_backward_reference
+lora_expand_op = differentiable(
+    "lora_expand", _ARGUMENTS, (1, 2, 3, 4), check.expand, lambda y, *_: y.new_empty(y.shape), _REFERENCES, apart=0
 )
