@@ -152,13 +152,11 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale,
     check.value(whole, "slices", list(slices), f"widths that sum to {out}")
     check.value(len(lora_A) == len(lora_B), "lora_B", f"{len(lora_B)} tensors", f"{len(lora_A)}, as lora_A")
     for a, b in zip(lora_A, lora_B, strict=True):
-        check.matrix("lora_B", b, out, None, x)
-        check.matrix("lora_A", a, k * b.shape[1], n_in, x)
+        check.adapter("lora_B", b, out, None, x)
+        check.adapter("lora_A", a, k * b.shape[1], n_in, x)
     check.value(tokens == flat(x).shape[0], "route", f"a route of {tokens} tokens", f"one of {len(flat(x))}, as x has")
     check.value(gates.device == x.device, "route", f"a route on {gates.device}", f"{x.device}, as x")
-    check.floating("scaling", scaling)
-    shape = tuple(scaling.shape)
-    check.value(shape in ((), (len(lora_A),)), "scaling", f"shape {shape}", f"() or ({len(lora_A)},)")
+    check.scale(scaling, len(lora_A))
     check.value(len(column_scale) in (0, len(lora_A)), "column_scale", len(column_scale), f"{len(lora_A)}, as lora_A")
     for c in column_scale:
         check.value(tuple(c.shape) in ((out,), (0,)), "column_scale", f"shape {tuple(c.shape)}", f"({out},)")
