@@ -44,22 +44,16 @@ def gate(scaling, gates, ranks, z):
     return Gate(rows, rows.stride(0) if rows.dim() > 1 else 0, gr, scale)
 
 
-def _per_adapter(product, ranks):
-    """Sums of (…, R) over each adapter's rows: (…, E)."""
-    if all(r == 1 for r in ranks):
-        return product
-    if len(set(ranks)) == 1:
-        return product.unflatten(-1, (len(ranks), ranks[0])).sum(-1)
-    return torch.stack([part.sum(-1) for part in product.split(list(ranks), -1)], -1)
-
-
 def gate_backward(t, z, scaling, gates, ranks, need_scaling, need_gates):
-    """(dscaling, dgates) from t = dy bᵀ and z, both (…, R) before the gate; each in its own shape, type and device."""
-    empty = t.new_empty(0)
-    if not (need_scaling or need_gates):
-        return empty, empty
-    product = _per_adapter(t.float() * z.float(), ranks)
-    dscaling = dgates = empty
+    """(dscaling, dgates) from t = dy bᵀ and z, both before the gate; each in its own shape, type and device."""
+    dscaling = dgates = z.new_empty(0)
+    if need_scaling or need_gates:
+        product = t.view(z.shape) * z.float()
+        # the sum over each adapter's rows
+        if len(set(ranks)) > 1:
+            product = torch.stack([part.sum(-1) for part in product.split(list(ranks), -1)], -1)
+        elif any(r != 1 for r in ranks):
+            product = product.unflatten(-1, (len(ranks), ranks[0])).sum(-1)
     if need_scaling:
         every = product if gates is None else product * gates
         dscaling = every.sum_to_size(scaling.shape).to(scaling.device, scaling.dtype)

@@ -135,8 +135,8 @@ def partial(count, shape, x):
 
 
 def total(parts, count):
-    """The parts added in their order."""
-    return parts if count == 1 else parts.sum(0)
+    """The parts added in their order, if there are any."""
+    return parts if count == 1 or parts is None else parts.sum(0)
 
 
 @lru_cache
