@@ -94,7 +94,7 @@ def order(op, *args):
     return (_pinned,) if _pinned else _EARLIER.get((op, _device(args)), _ORDER)
 
 
-def passed_over(backend):
+def passed_over():
     """Why a back-end without objection is not asked."""
     if _pinned:
         return f"{_pinned} is pinned"

@@ -1,5 +1,6 @@
 """The `fastlora` namespace of torch.library: how an op is declared."""
 
+import functools
 import numbers
 
 import torch
@@ -123,13 +124,10 @@ def scalar(value):
         return torch.full((), float(value))
     if type(value) not in (float, int):
         check.kind(isinstance(value, numbers.Real), "scaling", type(value).__name__, "a number or a tensor")
-    cached = _scalars.get(value)
-    if cached is None:
-        if len(_scalars) >= 4096:
-            _scalars.clear()
-        with torch.inference_mode(False):
-            cached = _scalars[value] = torch.tensor(float(value))
-    return cached
+    return _number(value)
 
 
-_scalars = {}
+@functools.lru_cache(4096)
+def _number(value):
+    with torch.inference_mode(False):
+        return torch.tensor(float(value))

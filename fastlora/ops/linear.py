@@ -55,9 +55,7 @@ def lora_linear(
     )
 
 
-def lora_linear_forward_reference(
-    x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed
-):
+def lora_linear_reference(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
     z = lora_shrink_reference(x, lora_A, dropout_p, seed)
     g = expand_gate(scaling, gates, ranks, x.device, z.dtype)
     v = add_update(F.linear(x, weight).to(z.dtype), z, lora_B, g)
@@ -98,5 +96,5 @@ _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor? bias, Tensor? gates, "
     "int[] ranks, Tensor? column_scale, float dropout_p, Tensor? seed"
 )
-_WANTED, _REFERENCES = (0, 1, 2, 3, 4, 5, 6, 8), (lora_linear_forward_reference, lora_linear_backward_reference)
+_WANTED, _REFERENCES = (0, 1, 2, 3, 4, 5, 6, 8), (lora_linear_reference, lora_linear_backward_reference)
 lora_linear_op = differentiable("lora_linear", _ARGUMENTS, _WANTED, check.linear, _fake, _REFERENCES, 5, kept="zu")

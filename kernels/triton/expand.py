@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from . import config, tile
-from .gate import gate, gate_backward
 
 
 @triton.jit
@@ -80,7 +79,8 @@ def _backward_plan(M, N, R, itemsize, device):
 def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
     """(t = dy b (M, R) fp32, the gate of its rows, [dB], dscaling, dgates) of a matrix dy, those that are needed."""
     need_t, need_b, *of_gate = needs
-    z2, b, g, need_t = tile.rows_of(z), tile.join(lora_B, 1), gate(scaling, gates, ranks, z), need_t or any(of_gate)
+    need_t = need_t or any(of_gate)
+    z2, b, g = tile.rows_of(z), tile.join(lora_B, 1), tile.gate(scaling, gates, ranks, z)
     (M, N), R, t, db = dy.shape, b.shape[1], None, None
     if not (M and N and R):
         t, db = dy.new_zeros((M, R), dtype=torch.float32), dy.new_zeros((N, R), dtype=torch.float32)
@@ -95,7 +95,7 @@ def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
         )  # fmt: skip
         t, db = tile.total(t, count), tile.total(db, blocks)
     dB = tile.split(db, lora_B, 1) if need_b else []
-    return t, g, dB, *gate_backward(t, z, scaling, gates, ranks, *of_gate)
+    return t, g, dB, *tile.gate_backward(t, z, scaling, gates, ranks, *of_gate)
 
 
 def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
@@ -107,7 +107,7 @@ def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
         return out
     if not R:
         return out.copy_(y)
-    g, (start, stop) = gate(scaling, gates, ranks, z), columns or (0, N)
+    g, (start, stop) = tile.gate(scaling, gates, ranks, z), columns or (0, N)
     grid, options = _plan(M, N, R, y.element_size())
     tile.launch(
         _expand_kernel, grid, y,

@@ -4,7 +4,6 @@ import torch
 
 from . import tile
 from .expand import expand_backward
-from .gate import gate
 from .product import product
 from .shrink import shrink, shrink_backward
 
@@ -18,7 +17,7 @@ def lora_linear_forward(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, 
     u = y.new_empty(0) if column_scale is None else torch.empty_like(y)
     column_scale = None if column_scale is None else column_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    b, g = tile.join(lora_B, 1).t(), gate(scaling, gates, ranks, out)
+    b, g = tile.join(lora_B, 1).t(), tile.gate(scaling, gates, ranks, out)
     product(x2, weight.t(), z, b, g, y, column_scale=column_scale, bias=bias, u=u)
     return y, out, u
 

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from . import config, tile
-from .gate import NONE
 from .product import product
 
 
@@ -119,10 +118,8 @@ def lora_shrink(x, lora_A, dropout_p, seed):
 def lora_shrink_backward(dz, x, lora_A, dropout_p, seed, needs):
     """(dx, [dA]) of the outputs that are needed."""
     x2, dz2, a = tile.rows_of(x), tile.rows_of(dz), tile.join(lora_A, 0)
-    dx, da = x.new_empty(0), []
+    dx = x.new_empty(0)
     if needs[0]:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        product(x2[:, :0], a[:0], dz2, a, NONE, dx, dropout_p=dropout_p, seed=seed)
-    if needs[1]:
-        da = tile.split(shrink_backward(dz2, NONE, x2, dropout_p, seed), lora_A, 0)
-    return dx, da
+        product(x2[:, :0], a[:0], dz2, a, tile.NO_GATE, dx, dropout_p=dropout_p, seed=seed)
+    return dx, tile.split(shrink_backward(dz2, tile.NO_GATE, x2, dropout_p, seed), lora_A, 0) if needs[1] else []
