@@ -93,19 +93,14 @@ class Stack:
         with torch.no_grad(), selected(mixture.owner, *mixture.scaling_pass()):
             output = module.forward(**own)
         if fixed is None:
-            mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-            fixed = self._with_cross(mixture.predict(output.last_hidden_state, mask, ids), kwargs, cache)
+            fixed = mixture.predict(output.last_hidden_state, kwargs.get("attention_mask"), kwargs.get("input_ids"))
+            states = kwargs.get("encoder_hidden_states")
+            # once the cache holds their keys and values, the layers that read the encoder's states run no more
+            if self.cross and states is not None and not any(getattr(cache, "is_updated", {}).values()):
+                each = fixed, mixture.gates_of(mixture.xlora_classifier(states))
+                ours, theirs = ([g] * len(mixture.experts) if isinstance(g, torch.Tensor) else g for g in each)
+                fixed = tuple(theirs[i] if i in self.cross else g for i, g in enumerate(ours))
         return fixed, find_cache(output.values()) if half is None else half
-
-    def _with_cross(self, gates, kwargs, cache):
-        """`gates`, those of the layers that read the encoder's states being predicted from these."""
-        mixture, states = self.mixture, kwargs.get("encoder_hidden_states")
-        # once the cache holds their keys and values, these layers run no more
-        if not self.cross or states is None or any(getattr(cache, "is_updated", {}).values()):
-            return gates
-        theirs = mixture.gates_of(mixture.xlora_classifier(states))
-        own, theirs = ([g] * len(mixture.experts) if isinstance(g, torch.Tensor) else list(g) for g in (gates, theirs))
-        return tuple(theirs[i] if i in self.cross else g for i, g in enumerate(own))
 
 
 def find_cache(values):

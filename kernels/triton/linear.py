@@ -1,25 +1,19 @@
 """y = c ⊙ (x Wᵀ + (z ⊙ g) b) + bias, z = D(x) aᵀ, and its gradients."""
 
-import torch
-
 from . import tile
 from .expand import expand_backward
 from .product import product
-from .shrink import shrink, shrink_backward
+from .shrink import lora_shrink, shrink_backward
 
 
 def lora_linear_forward(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
     """(y, z before the gate, u = y before column_scale and bias); two launches."""
-    x2, shape = tile.rows_of(x), (*x.shape[:-1], weight.shape[0])
-    z = shrink(x2, tile.join(lora_A, 0), dropout_p, seed)
-    out = z.view(*x.shape[:-1], z.shape[1])
-    y = torch.empty(shape, dtype=weight.dtype, device=x.device)
-    u = y.new_empty(0) if column_scale is None else torch.empty_like(y)
+    x2, z, b = tile.rows_of(x), lora_shrink(x, lora_A, dropout_p, seed), tile.join(lora_B, 1).t()
     column_scale = None if column_scale is None else column_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    b, g = tile.join(lora_B, 1).t(), tile.gate(scaling, gates, ranks, out)
-    product(x2, weight.t(), z, b, g, y, column_scale=column_scale, bias=bias, u=u)
-    return y, out, u
+    g, shape = tile.gate(scaling, gates, ranks, z), (*x.shape[:-1], weight.shape[0])
+    y, u = product(x2, weight.t(), tile.rows_of(z), b, g, shape, column_scale=column_scale, bias=bias)
+    return y, z, x.new_empty(0) if u is None else u
 
 
 def lora_linear_backward(
@@ -34,8 +28,8 @@ def lora_linear_backward(
         dy2 = (dy2 * column_scale).to(x.dtype)
     half = [need_x or need_a, need_b, need_scaling, need_gates]
     t, g, db, dscaling, dgates = expand_backward(dy2, z, lora_B, scaling, gates, ranks, half)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else empty
+    dx = empty
     if need_x:
-        product(dy2, weight, t, tile.join(lora_A, 0), g, dx, dropout_p=dropout_p, seed=seed)
+        dx, _ = product(dy2, weight, t, tile.join(lora_A, 0), g, x.shape, dropout_p=dropout_p, seed=seed)
     da = tile.split(shrink_backward(t, g, x2, dropout_p, seed), lora_A, 0) if need_a else []
     return dx, dy2.t() @ x2 if need_w else empty, da, db, dscaling, dbias, dgates, dcolumn
