@@ -96,5 +96,7 @@ _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor? bias, Tensor? gates, "
     "int[] ranks, Tensor? column_scale, float dropout_p, Tensor? seed"
 )
-_WANTED, _REFERENCES = (0, 1, 2, 3, 4, 5, 6, 8), (lora_linear_reference, lora_linear_backward_reference)
-lora_linear_op = differentiable("lora_linear", _ARGUMENTS, _WANTED, check.linear, _fake, _REFERENCES, 5, kept="zu")
+lora_linear_op = differentiable(
+    "lora_linear", _ARGUMENTS, (0, 1, 2, 3, 4, 5, 6, 8), check.linear, _fake,
+    (lora_linear_reference, lora_linear_backward_reference), apart=5, kept=("z", "u"),
+)  # fmt: skip

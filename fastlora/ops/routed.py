@@ -181,5 +181,7 @@ _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor? bias, Tensor[] route, "
     "Tensor gates, Tensor[] column_scale, int[] slices, Tensor[] pages"
 )
-_WANTED, _REFERENCES = (0, 1, 2, 3, 4, 5, 7), (lora_routed_forward_reference, lora_routed_backward_reference)
-lora_routed_op = differentiable("lora_routed", _ARGUMENTS, _WANTED, _check, _fake, _REFERENCES, 5, kept="z")
+lora_routed_op = differentiable(
+    "lora_routed", _ARGUMENTS, (0, 1, 2, 3, 4, 5, 7), _check, _fake,
+    (lora_routed_forward_reference, lora_routed_backward_reference), apart=5, kept=("z",),
+)  # fmt: skip
