@@ -1,11 +1,7 @@
-"""Layers that run a composition of their adapters: one for all rows, or one for each of several candidates.
+"""Layers that run a composition of their adapters: one for all rows, or one for each of P candidates.
 
-With weights w (P, N) of N adapters, lora_A a_i (r, in) and lora_B b_i (out, r), each of the largest rank, zero beyond
-its own, and its lora_alpha / r in b_i:
-
-    lorahub   ΔW_p = (Σ w_pi b_i) (Σ w_pi a_i)        sum   ΔW_p = Σ w_pi b_i a_i: a bank, the weights being its gates
-
-Row j of a batch of P · n rows runs ΔW of candidate j // n.
+The formulas are `search`'s; each adapter has the largest rank, with zeros beyond its own, and its lora_alpha / r in
+lora_B. In the mode "sum" the weights are a bank's gates. Row j of P · n rows runs candidate j // n.
 """
 
 import contextlib
