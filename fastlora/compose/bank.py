@@ -18,7 +18,7 @@ from fastlora.experts import open_experts
 from fastlora.model import make_plain
 from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.bank import Bank, escape
-from fastlora.nn.switch import selected, selection
+from fastlora.nn.switch import is_off, selected, selection
 from fastlora.ops import check
 
 MODES = ("lorahub", "sum")
@@ -80,7 +80,7 @@ class Composed(Bank):
 
     def forward(self, x, *args, **kwargs):
         weights, rows = selection(self.owner)[1], self.owner.rows
-        if weights is None or self.is_off() or not self.r:
+        if weights is None or is_off(self) or not self.r:
             return self.run(None, x, *args, **kwargs)
         if len(weights) == 1 or self.kind not in ("linear", "projection"):
             return self.run(self.adapters(), x, *args, **kwargs)

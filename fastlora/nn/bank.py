@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastlora.nn.attention import ProjectionLoRA
+from fastlora.nn.convert import check_convertible, convert
 from fastlora.nn.layer import Adapter, LoRALayer
 from fastlora.nn.switch import Stacked, cannot_know, checkpoint_context, is_off, is_recompute, selection, switch
 from fastlora.ops import check
@@ -52,8 +53,8 @@ class Chooser:
 
     def _note_run(self):
         """A recompute that nothing carried the tasks to must be the only selection there was, or it could differ."""
-        if not self.training and not torch.is_grad_enabled():
-            # no backward will follow
+        # in eval mode without gradients no backward will follow
+        if torch.compiler.is_compiling() or not self.training and not torch.is_grad_enabled():
             return
         keys, gates = selection(self.owner)
         ran = self._chose
@@ -81,12 +82,6 @@ class Bank(Chooser):
     place = None
     # what `_restack` made
     _stack = None
-
-    def open(self, owner, lora_dropout=0.0):
-        self.owner, self.tasks = owner, nn.ModuleDict()
-        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
-        if self.kind == "conv":
-            self.form = "tasks"
 
     def chosen(self):
         """(keys, gates) in force here; a mixture's bank takes its own of the gates, of the adapters that it has."""
@@ -173,10 +168,9 @@ class Bank(Chooser):
         self._stack = None
 
     def forward(self, *args, **kwargs):
-        if not torch.compiler.is_compiling():
-            self._note_run()
+        self._note_run()
         chosen = self.chosen()
-        none = self.is_off() or not chosen[0]
+        none = is_off(self) or not chosen[0]
         return self.run(None if none else self.in_force(*chosen), *args, **kwargs)
 
 
@@ -186,6 +180,23 @@ class TaskProjection(Bank, ProjectionLoRA):
 
 # what an attention layer's projections become when it is converted with this mixin
 Bank.projection = TaskProjection
+
+
+def open_banks(model, names, owner, lora_dropout, bank=Bank):
+    """Make these layers of a plain model, in place, banks without adapters; returns {name: bank}, in the model's order.
+
+    `bank` is the mixin. Raises ValueError, before anything changes, for a layer that cannot have adapters.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        check_convertible(name, modules, None)
+    for name in names:
+        convert(modules[name], bank)
+    banks = {name: module for name, module in model.named_modules() if isinstance(module, Bank)}
+    for layer in banks.values():
+        layer.owner, layer.tasks = owner, nn.ModuleDict()
+        layer.lora_dropout = nn.Dropout(lora_dropout).train(layer.training)
+    return banks
 
 
 class Around(nn.Module):
@@ -249,10 +260,9 @@ class Wrapped(Chooser, Around):
         return {}
 
     def forward(self, *args, **kwargs):
-        if not torch.compiler.is_compiling():
-            self._note_run()
+        self._note_run()
         keys, gates = selection(self.owner)
-        if bool(switch.apart or self._ran) and is_off(self) or not keys:
+        if is_off(self) or not keys:
             return self.module(*args, **kwargs)
         tasks = pick(self.tasks, keys)
         if len(tasks) == 1 and gates is None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.nn.layer import LoRALayer, check_adapter
+from fastlora.nn.layer import LoRALayer
 from fastlora.nn.switch import match_rows, rank_list
 from fastlora.ops import check
 from fastlora.ops.expand import lora_expand_op
@@ -118,7 +118,6 @@ class ConvLoRA(LoRALayer):
 class _Convolution(ConvLoRA):
     def __init__(self, in_channels, out_channels, kernel_size, r=0, lora_alpha=1, lora_dropout=0.0,
                  merge_weights=True, form="loralib", **kwargs):  # fmt: skip
-        check_adapter(r, lora_alpha, lora_dropout)
         check.value(form in FORMS, "form", repr(form), f"one of {', '.join(FORMS)}")
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)
         self.form = form

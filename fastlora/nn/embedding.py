@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.nn.layer import LoRALayer, check_adapter
+from fastlora.nn.layer import LoRALayer
 from fastlora.nn.switch import match_rows, rank_list
 from fastlora.ops import check
 from fastlora.ops.dropout import draw_seed, lora_dropout_op
@@ -62,7 +62,6 @@ class Embedding(EmbeddingLoRA, nn.Embedding):
 
     def __init__(self, num_embeddings, embedding_dim, r=0, lora_alpha=1, merge_weights=True, lora_dropout=0.0,
                  **kwargs):  # fmt: skip
-        check_adapter(r, lora_alpha, lora_dropout)
         super().__init__(num_embeddings, embedding_dim, **kwargs)
         weight, given = self.weight.data, kwargs.get("_weight") is not None
         if given:

@@ -18,13 +18,11 @@ def identity(x):
 
 
 def check_adapter(r, lora_alpha, lora_dropout, least=0):
-    def finite(number):
-        return isinstance(number, (int, float)) and math.isfinite(number)
-
     whole = isinstance(r, int) and not isinstance(r, bool) and r >= least
     check.value(whole, "r", repr(r), f"an integer of at least {least}")
-    check.value(finite(lora_alpha), "lora_alpha", repr(lora_alpha), "a finite number")
-    share = finite(lora_dropout) and 0 <= lora_dropout <= 1
+    finite = isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha)
+    check.value(finite, "lora_alpha", repr(lora_alpha), "a finite number")
+    share = isinstance(lora_dropout, (int, float)) and 0 <= lora_dropout <= 1
     check.value(share, "lora_dropout", repr(lora_dropout), "a number from 0 to 1")
 
 
@@ -96,6 +94,7 @@ class LoRALayer(Adapter):
 
     def adapt(self, r, lora_alpha, lora_dropout, merge_weights):
         """The end of a constructor in loralib's manner: an adapter beside a frozen weight."""
+        check_adapter(r, lora_alpha, lora_dropout)
         self.merge_weights = merge_weights
         self.attach(r, lora_alpha, lora_dropout, self.weight.dtype, self.weight.device)
         if self.r:
@@ -211,9 +210,6 @@ class LoRALayer(Adapter):
                 return self.plain(x, weight)
         return self.adapted(x, *self.adapters())
 
-    def is_off(self):
-        return bool(switch.apart or self._ran or self.rank) and is_off(self)
-
     def run(self, adapters, x):
         return self.plain(x, self.base_weight()) if adapters is None else self.adapted(x, *adapters)
 
@@ -236,7 +232,7 @@ class LoRALayer(Adapter):
 
     def lone_weight(self):
         """The weight that alone gives this call's y, or None where the adapter has to run."""
-        if not self.r or self.is_off():
+        if not self.r or is_off(self):
             return self.base_weight()
         if not self.merged or id(self) in switch.row_ranks:
             return None

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastlora.nn.fastpath import watch_registrations
 from fastlora.nn.layer import Adapter, LoRALayer, check_adapter, identity
-from fastlora.nn.switch import match_rows, rank_list, switch
+from fastlora.nn.switch import is_off, match_rows, rank_list, switch
 from fastlora.ops import check, lora_expand, lora_linear, lora_shrink
 from fastlora.ops.dropout import draw_seed
 from fastlora.ops.linear import lora_linear_op
@@ -29,7 +29,7 @@ class LinearLoRA(LoRALayer):
         return lora_B @ lora_A
 
     def forward(self, *args, **kwargs):
-        return self.run(None if self.is_off() else self.adapters(), *args, **kwargs)
+        return self.run(None if is_off(self) else self.adapters(), *args, **kwargs)
 
     def project(self, x, weight, bias, A, B, scaling, gates):
         x, gates = match_rows(x, x.shape[:-1], gates)
@@ -100,7 +100,6 @@ class Linear(DenseLoRA, nn.Linear):
 
     def __init__(self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, fan_in_fan_out=False,
                  merge_weights=True, **kwargs):  # fmt: skip
-        check_adapter(r, lora_alpha, lora_dropout)
         watch_registrations()
         super().__init__(in_features, out_features, **kwargs)
         self.adapt(r, lora_alpha, lora_dropout, merge_weights)

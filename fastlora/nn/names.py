@@ -181,9 +181,6 @@ def write(layer, dialect, where=""):
 
     Raises ValueError, naming the layer, for an adapter that the library cannot hold.
     """
-    each = layer.projections().values() if layer.kind == "attention" else (layer,)
-    several = any(hasattr(holder, "tasks") for holder in each)
-    check.value(not several, where, "named tasks", "a single adapter: tasks.Model.state_dict writes theirs")
     if layer.kind == "attention":
         return _write_attention(layer, dialect, where)
     form = getattr(layer, "form", None)
@@ -211,7 +208,7 @@ def _write_attention(layer, dialect, where):
     check.value(dialect != "loralib", where, "an attention layer", "a layer that loralib has")
     joint = layer._qkv_same_embed_dim
     check.value(joint or dialect != "peft", where, "kdim or vdim", "an attention layer that PEFT has: equal sizes")
-    found, out = {}, pairs.pop("o", None)
+    out = pairs.pop("o", None)
     if joint and (pairs or dialect == "peft"):
         alike = len({(p.r, p.lora_alpha) for p in each.values()}) == 1
         check.value(alike, where, "projections of several ranks or lora_alpha", "one for all in a joint adapter")

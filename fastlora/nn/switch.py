@@ -84,6 +84,8 @@ def cannot_know(what):
 
 def is_off(layer):
     """Whether this thread runs `layer` without its adapter. Raises RuntimeError in a recompute that cannot know."""
+    if not (switch.apart or layer._ran or layer.rank):
+        return False
     off = id(layer) in switch.off
     mode = "off" if off else "by row" if id(layer) in switch.row_ranks else layer.rank
     if is_recompute():
