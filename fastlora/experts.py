@@ -46,13 +46,11 @@ def _read(model, name, source):
 
 
 def _adapter(planned, base, dtype):
-    adapter = TaskAdapter()
+    adapter, pair = TaskAdapter(), (planned.lora_A, planned.lora_B)
     dtype = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
-    shapes = planned.lora_A.shape, planned.lora_B.shape
-    adapter.attach_factors(shapes, planned.r, planned.lora_alpha, dtype, base.device)
-    adapter.lora_A.copy_(planned.lora_A)
-    adapter.lora_B.copy_(planned.lora_B)
-    adapter.set_scale(1.0)
+    adapter.attach_factors([t.shape for t in pair], planned.r, planned.lora_alpha, dtype, base.device)
+    for own, given in zip(adapter.parameters(), pair, strict=True):
+        own.copy_(given)
     return adapter.requires_grad_(False)
 
 

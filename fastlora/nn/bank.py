@@ -153,15 +153,13 @@ class Bank(Chooser):
 
         # out of inference mode, as a merged copy
         with torch.inference_mode(False), torch.no_grad():
-            return holds, *self._in_one_piece(tasks)
-
-    def _in_one_piece(self, tasks):
-        A, B = torch.cat([t.lora_A for t in tasks]), torch.cat([t.lora_B for t in tasks], 1)
-        if A.dtype == torch.float32 and self.kind == "linear" and self.weight.dtype in (torch.bfloat16, torch.float16):
-            A, B = A.to(self.weight.dtype), B.to(self.weight.dtype)
-        stacked = Stacked((A,))
-        stacked.ranks = [t.r for t in tasks]
-        return stacked, (B,), torch.stack([t.scaling for t in tasks])
+            A, B = torch.cat([t.lora_A for t in tasks]), torch.cat([t.lora_B for t in tasks], 1)
+            half = self.weight.dtype if self.kind == "linear" else None
+            if A.dtype == torch.float32 and half in (torch.bfloat16, torch.float16):
+                A, B = A.to(half), B.to(half)
+            stacked = Stacked((A,))
+            stacked.ranks = [t.r for t in tasks]
+            return holds, stacked, (B,), torch.stack(scales)
 
     def refresh(self):
         super().refresh()
@@ -269,9 +267,8 @@ class Wrapped(Chooser, Around):
             return tasks[0](*args, **kwargs)
         base = self.module(*args, **kwargs)
         y = base
-        for e, task in enumerate(tasks):
-            gate = 1 if gates is None else gates[..., e].to(base.device)
-            if gates is not None and gates.dim() > 1:
-                gate = gate.view(-1, *(1 for _ in base.shape[1:]))
+        gates = base.new_ones(len(tasks)) if gates is None else gates.to(base.device)
+        for gate, task in zip(gates.unbind(-1), tasks, strict=True):
+            gate = gate.view(-1, *(1 for _ in base.shape[1:])) if gate.dim() else gate
             y = y + gate * (task(*args, **kwargs) - base)
         return y

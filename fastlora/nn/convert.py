@@ -31,7 +31,7 @@ _transposed = set()
 # what an adapter adds to a module, and takes away again
 _OWN = ("r", "lora_alpha", "lora_dropout", "lora_A", "lora_B", "scaling", "rank", "frozen", "_factor", "fan_in_fan_out",
         "merged", "merge_weights", "enable_lora", "form", "tasks", "owner", "place", "_merged_copy",
-        "_ran", "_chose", "_stack")  # fmt: skip
+        "_ran", "_chose", "_stack", *(f"lora_{name}" for name in PROJECTIONS))  # fmt: skip
 
 
 def register_linear(cls, fan_in_fan_out=False):
@@ -113,23 +113,18 @@ def convert(module, *mixins):
     if kind is AttentionLoRA:
         change_class(module, lora_class(base, AttentionLoRA))
         module.add_projections(PROJECTIONS, mixins[0].projection if mixins else ProjectionLoRA)
-        return
-    change_class(module, lora_class(base, *mixins, kind))
+    else:
+        change_class(module, lora_class(base, *mixins, kind))
     if base in _transposed:
         module.fan_in_fan_out = True
 
 
 def restore(module, merged):
     """Make a LoRA layer its base again, with W + ΔW as a new weight if `merged`."""
-    base = type(module).lora_base
-    if isinstance(module, AttentionLoRA):
-        if merged:
-            module.merge_projections()
-        for name in module.projections():
-            del module._modules[f"lora_{name}"]
-        change_class(module, base)
-        return
-    changed, turned = merged and module.r, module.fan_in_fan_out
+    base, attention = type(module).lora_base, isinstance(module, AttentionLoRA)
+    if attention and merged:
+        module.merge_projections()
+    changed, turned = not attention and merged and module.r, getattr(module, "fan_in_fan_out", False)
     if changed or turned and base is nn.Linear:
         weight = module.merged_weight() if changed else module.base_weight().detach()
         weight = weight.t() if turned and base is not nn.Linear else weight

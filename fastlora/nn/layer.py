@@ -43,11 +43,12 @@ class Adapter:
     _factor = 1.0
 
     def attach_factors(self, shapes, r, lora_alpha, dtype, device):
-        """Give this module lora_A and lora_B of these shapes, not yet initialised; none at r = 0."""
+        """Give this module lora_A and lora_B of these shapes, not yet initialised, and lora_alpha / r; none at r = 0."""
         self.r, self.lora_alpha = r, lora_alpha
         if r:
             self.lora_A, self.lora_B = (nn.Parameter(torch.empty(s, dtype=dtype, device=device)) for s in shapes)
-            self.scaling = torch.empty((), dtype=torch.float32, device="cpu" if device.type == "meta" else device)
+            device = "cpu" if device.type == "meta" else device
+            self.scaling = torch.tensor(lora_alpha / r, dtype=torch.float32, device=device)
 
     def set_scale(self, scale):
         """Scale the update by scale · lora_alpha / rank, in place: compiled code and captured graphs see it."""
@@ -246,9 +247,6 @@ class LoRALayer(Adapter):
         for parameter in trained:
             if parameter.grad is not None:
                 return None
-        return self._current_copy()
-
-    def _current_copy(self):
         get, copy = self._parameters.get, self._merged_copy
         sources = get("weight"), get("lora_A"), get("lora_B"), self.scaling
         if copy and all(map(operator.is_, sources, copy[1])) and copy[2] == [*map(_stamp, sources)]:
