@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from fastlora.experts import open_experts
 from fastlora.model import make_plain
-from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.bank import Bank, escape
 from fastlora.nn.switch import is_off, selected, selection
 from fastlora.ops import check
@@ -94,13 +93,6 @@ class Composed(Bank):
         # base is this call's own tensor
         base.view(len(A), -1, base.shape[-1]).baddbmm_(z, B.mT)
         return base
-
-
-class ComposedProjection(Composed, ProjectionLoRA):
-    """A projection of an attention layer."""
-
-
-Composed.projection = ComposedProjection
 
 
 def named(adapters):

@@ -8,7 +8,6 @@ import re
 import torch
 from torch import nn
 
-from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.convert import check_convertible, convert
 from fastlora.nn.layer import Adapter, LoRALayer
 from fastlora.nn.switch import Stacked, cannot_know, checkpoint_context, is_off, is_recompute, selection, switch
@@ -170,14 +169,6 @@ class Bank(Chooser):
         chosen = self.chosen()
         none = is_off(self) or not chosen[0]
         return self.run(None if none else self.in_force(*chosen), *args, **kwargs)
-
-
-class TaskProjection(Bank, ProjectionLoRA):
-    """A projection of an attention layer with named tasks."""
-
-
-# what an attention layer's projections become when it is converted with this mixin
-Bank.projection = TaskProjection
 
 
 def open_banks(model, names, owner, lora_dropout, bank=Bank):

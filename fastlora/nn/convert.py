@@ -3,7 +3,6 @@
 So hooks, device maps, ties and the base's names in a state dict stay as well.
 """
 
-import importlib
 import sys
 import types
 
@@ -43,9 +42,9 @@ def register_linear(cls, fan_in_fan_out=False):
 
 def kind_of(module):
     """The kind of LoRA layer that a module becomes; None for one that cannot have an adapter."""
-    if "transformers.pytorch_utils" in sys.modules:
-        # which defines a type of linear layer: ours registers it
-        importlib.import_module("fastlora.integrations.transformers")
+    if (theirs := sys.modules.get("transformers.pytorch_utils")) and hasattr(theirs, "Conv1D"):
+        # GPT-2's linear layer, known once another program has imported it
+        register_linear(theirs.Conv1D, fan_in_fan_out=True)
     kind = _kinds.get(getattr(type(module), "lora_base", type(module)))
     if kind is DenseLoRA:
         weight = module._parameters.get("weight")
@@ -112,7 +111,7 @@ def convert(module, *mixins):
     base, kind = type(module), kind_of(module)
     if kind is AttentionLoRA:
         change_class(module, lora_class(base, AttentionLoRA))
-        module.add_projections(PROJECTIONS, mixins[0].projection if mixins else ProjectionLoRA)
+        module.add_projections(PROJECTIONS, lora_class(ProjectionLoRA, *mixins) if mixins else ProjectionLoRA)
     else:
         change_class(module, lora_class(base, *mixins, kind))
     if base in _transposed:

@@ -43,7 +43,7 @@ class Adapter:
     _factor = 1.0
 
     def attach_factors(self, shapes, r, lora_alpha, dtype, device):
-        """Give this module lora_A and lora_B of these shapes, not yet initialised, and lora_alpha / r; none at r = 0."""
+        """Give this module lora_A and lora_B of these shapes, not yet initialised, and its scale; none at r = 0."""
         self.r, self.lora_alpha = r, lora_alpha
         if r:
             self.lora_A, self.lora_B = (nn.Parameter(torch.empty(s, dtype=dtype, device=device)) for s in shapes)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastlora.model import check_merge, find_targets, make_plain
-from fastlora.nn.bank import Bank, Owner, TaskAdapter, TaskProjection, Wrapped, Wrapper, escape, open_banks
+from fastlora.nn.bank import Bank, Owner, TaskAdapter, Wrapped, Wrapper, escape, open_banks
 from fastlora.nn.fastpath import update_fast_paths
 from fastlora.nn.layer import LoRALayer, check_adapter
 from fastlora.nn.switch import selected, selection
@@ -92,7 +92,7 @@ class Model(Wrapper):
             if init == "zero" and lora_alpha is None:
                 return made
             r = made.r
-        inside = isinstance(layer, TaskProjection)
+        inside = layer.kind == "projection"
         base = self.model.get_submodule(name.rpartition(".")[0]).out_proj.weight if inside else None
         return make_adapter(layer, default_rank if r is None else r, lora_alpha, init, base)
 
