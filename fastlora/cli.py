@@ -59,9 +59,8 @@ def _triton():
 def _cuda():
     if torch.version.cuda is None:
         return "this torch was built without it"
-    if not torch.cuda.is_available():
-        return f"{torch.version.cuda}, but no GPU that torch can use"
-    return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "but no GPU that torch can use"
+    return f"{torch.version.cuda}, {gpu}"
 
 
 def build_extension(source=None):

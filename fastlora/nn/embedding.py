@@ -63,10 +63,9 @@ class Embedding(EmbeddingLoRA, nn.Embedding):
     def __init__(self, num_embeddings, embedding_dim, r=0, lora_alpha=1, merge_weights=True, lora_dropout=0.0,
                  **kwargs):  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, **kwargs)
-        weight, given = self.weight.data, kwargs.get("_weight") is not None
-        if given:
+        weight = self.weight.data
+        if kwargs.get("_weight") is not None:
             # from_pretrained's tensor, over which loralib draws anew
             self.weight.data = torch.empty_like(weight)
         self.adapt(r, lora_alpha, lora_dropout, merge_weights)
-        if given:
-            self.weight.data = weight
+        self.weight.data = weight

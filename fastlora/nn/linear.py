@@ -9,7 +9,7 @@ from torch import nn
 from fastlora.nn.fastpath import watch_registrations
 from fastlora.nn.layer import Adapter, LoRALayer, check_adapter, identity
 from fastlora.nn.switch import is_off, match_rows, rank_list, switch
-from fastlora.ops import check, lora_expand, lora_linear, lora_shrink
+from fastlora.ops import check, lora_expand, lora_shrink
 from fastlora.ops.dropout import draw_seed
 from fastlora.ops.linear import lora_linear_op
 
@@ -55,8 +55,7 @@ class DenseLoRA(LinearLoRA):
         if self.fan_in_fan_out:
             weight = weight.t()
         if self.training and self.lora_dropout is not identity:
-            p = self.dropout_p()
-            return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, dropout_p=p, training=True)
+            return self.project(x, weight, bias, (lora_A,), (lora_B,), self.scaling, None)
         return lora_linear_op(x, weight, (lora_A,), (lora_B,), self.scaling, bias, None, (), None, 0.0, None)
 
     def plain(self, x, weight):
