@@ -149,9 +149,8 @@ class Conv2d(_Convolution, nn.Conv2d):
 class Conv3d(_Convolution, nn.Conv3d):
     """loralib's Conv3d, for any kernel: as Conv1d, with x (N, in, D, H, W) or (in, D, H, W).
 
-    `form` "loralib": lora_A (r·k, in·l·m), lora_B (out / groups · k, r·k), where loralib's own shapes fail for k > 1.
-    "peft": lora_A (r, in, k, l, m), lora_B (out, r / groups, 1, 1, 1). "tasks": lora_A (k, l, m, r, in / groups),
-    lora_B (k, l, m, out, r).
+    loralib's shapes fail for k > 1; `form` "loralib": lora_A (r·k, in·l·m), lora_B (out / groups · k, r·k). "peft":
+    lora_A (r, in, k, l, m), lora_B (out, r / groups, 1, 1, 1). "tasks": (k, l, m, r, in / groups), (k, l, m, out, r).
     """
 
     lora_base = nn.Conv3d
