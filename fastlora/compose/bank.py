@@ -12,9 +12,8 @@ import torch.nn.functional as F
 
 from fastlora.experts import open_experts
 from fastlora.model import make_plain
-from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.bank import Bank, escape
-from fastlora.nn.switch import selected, selection
+from fastlora.nn.switch import is_off, selected, selection
 from fastlora.ops import check
 
 MODES = ("lorahub", "sum")
@@ -76,7 +75,7 @@ class Composed(Bank):
 
     def forward(self, x, *args, **kwargs):
         weights, rows = selection(self.owner)[1], self.owner.rows
-        if weights is None or self.is_off() or not self.r:
+        if weights is None or is_off(self) or not self.r:
             return self.run(None, x, *args, **kwargs)
         if len(weights) == 1 or self.kind not in ("linear", "projection"):
             return self.run(self.adapters(), x, *args, **kwargs)
@@ -90,13 +89,6 @@ class Composed(Bank):
         # base is this call's own tensor
         base.view(len(A), -1, base.shape[-1]).baddbmm_(z, B.mT)
         return base
-
-
-class ComposedProjection(Composed, ProjectionLoRA):
-    """A projection of an attention layer."""
-
-
-Composed.projection = ComposedProjection
 
 
 def named(adapters):
