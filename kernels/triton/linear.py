@@ -3,6 +3,7 @@
 import torch
 
 from . import tile
+from .decode import decode, fits
 from .expand import expand_backward
 from .gate import gate, gate_backward
 from .product import product
@@ -10,16 +11,21 @@ from .shrink import shrink, shrink_backward
 
 
 def lora_linear_forward(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
-    """(y, z before the gate, u = y before column_scale and bias); two launches."""
-    x2, shape = tile.rows_of(x), (*x.shape[:-1], weight.shape[0])
-    z = shrink(x2, tile.join(lora_A, 0), dropout_p, seed)
-    out = z.view(*x.shape[:-1], z.shape[1])
-    y = torch.empty(shape, dtype=weight.dtype, device=x.device)
+    """(y, z before the gate, u = y before column_scale and bias); one launch for few tokens, else two."""
+    x2, a, b = tile.rows_of(x), tile.join(lora_A, 0), tile.join(lora_B, 1)
+    M, (N, R) = len(x2), b.shape
+    few = not dropout_p and fits(M, N, R)
+    z = x.new_empty((M, R), dtype=torch.float32) if few else shrink(x2, a, dropout_p, seed)
+    out = z.view(*x.shape[:-1], R)
+    y = torch.empty((*x.shape[:-1], N), dtype=weight.dtype, device=x.device)
     u = y.new_empty(0) if column_scale is None else torch.empty_like(y)
     column_scale = None if column_scale is None else column_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    b, g = tile.join(lora_B, 1).t(), gate(scaling, gates, ranks, out)
-    product(x2, weight.t(), z, b, g, y, column_scale=column_scale, bias=bias, u=u)
+    g, epilogue = gate(scaling, gates, ranks, out), dict(column_scale=column_scale, bias=bias, u=u)
+    if few:
+        decode(x2, weight, a, b, g, y, z, **epilogue)
+    else:
+        product(x2, weight.t(), z, b.t(), g, y, **epilogue)
     return y, out, u
 
 
