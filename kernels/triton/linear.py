@@ -1,18 +1,25 @@
 """y = c ⊙ (x Wᵀ + (z ⊙ g) b) + bias, z = D(x) aᵀ, and its gradients."""
 
+import torch
+
 from . import tile
+from .decode import decode, fits
 from .expand import expand_backward
 from .product import product
 from .shrink import lora_shrink, shrink_backward
 
 
 def lora_linear_forward(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
-    """(y, z before the gate, u = y before column_scale and bias); two launches."""
-    x2, z, b = tile.rows_of(x), lora_shrink(x, lora_A, dropout_p, seed), tile.join(lora_B, 1).t()
-    column_scale = None if column_scale is None else column_scale.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    g, shape = tile.gate(scaling, gates, ranks, z), (*x.shape[:-1], weight.shape[0])
-    y, u = product(x2, weight.t(), tile.rows_of(z), b, g, shape, column_scale=column_scale, bias=bias)
+    """(y, z before the gate, u = y before column_scale and bias); one launch for few tokens, else two."""
+    x2, b, shape = tile.rows_of(x), tile.join(lora_B, 1), (*x.shape[:-1], weight.shape[0])
+    few = not dropout_p and fits(len(x2), *b.shape)
+    z = x.new_empty((*shape[:-1], b.shape[1]), dtype=torch.float32) if few else lora_shrink(x, lora_A, dropout_p, seed)
+    g, z2 = tile.gate(scaling, gates, ranks, z), tile.rows_of(z)
+    epilogue = None if column_scale is None else column_scale.contiguous(), None if bias is None else bias.contiguous()
+    if few:
+        y, u = decode(x2, weight, tile.join(lora_A, 0), b, g, z2, shape, *epilogue)
+    else:
+        y, u = product(x2, weight.t(), z2, b.t(), g, shape, *epilogue)
     return y, z, x.new_empty(0) if u is None else u
 
 

@@ -61,7 +61,7 @@ def _plan(M, N, K, R, itemsize, dropout, device):
     )  # fmt: skip
 
 
-def product(x, w, z, b, g, shape, *, column_scale=None, bias=None, dropout_p=0.0, seed=None):
+def product(x, w, z, b, g, shape, column_scale=None, bias=None, dropout_p=0.0, seed=None):
     """(y, u = x (M, K) · w (K, N) + (z ⊙ g) (M, R) · b (R, N) or, without column_scale, None) of this shape."""
     (M, K), (R, N) = x.shape, b.shape
     y = torch.empty(shape, dtype=x.dtype, device=x.device)

@@ -193,6 +193,20 @@ def gate_backward(t, z, scaling, gates, ranks, need_scaling, need_gates):
     return dscaling, dgates
 
 
+_counters = {}
+
+
+def tickets(count, x):
+    """Counters at zero, left at zero by every launch; a stream has its own, and so has every captured launch."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=x.device)
+    key = x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    found = _counters.get(key)
+    if found is None or len(found) < count:
+        found = _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
+    return found
+
+
 @lru_cache
 def _unsupported(device):
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 6):
