@@ -6,7 +6,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "dispatch.h"
 #include "ops.h"
 
 namespace fastlora {

@@ -6,8 +6,7 @@
 #include <atomic>
 #include <memory>
 
-#include "cpu/choose.h"
-#include "dispatch.h"
+#include "cpu/cpu.h"
 #include "ops.h"
 
 namespace fastlora {
@@ -16,22 +15,17 @@ namespace {
 // True while a back-end other than `native` is pinned for the process (fastlora/backends.py sets it).
 std::atomic<bool> pinned_elsewhere{false};
 
-// The kernel `run`. Another back-end that is pinned, and arguments that are not taken, lead to Python.
-template <Name op, auto run, auto takes>
-struct Kernel;
-
-template <Name op, class Result, class... Args, Result (*run)(Args...), auto takes>
-struct Kernel<op, run, takes> {
-  static Result call(Args... args) {
-    bool taken = !pinned_elsewhere;
-    if constexpr (takes != nullptr) taken = taken && takes(args...);
-    return taken ? run(args...) : fastlora::call<op, Result(Args...), "python">(args...);
-  }
-};
-
+// Registers the kernel `run`. Another back-end that is pinned, and arguments that are not taken, lead to Python.
 template <Name op, auto run, auto takes = nullptr>
 void add(torch::Library& m) {
-  m.impl(op.text, Kernel<op, run, takes>::call);
+  const auto kernel = []<class Result, class... Args>(Result (*)(Args...)) {
+    return [](Args... args) -> Result {
+      bool taken = !pinned_elsewhere;
+      if constexpr (takes != nullptr) taken = taken && takes(args...);
+      return taken ? run(args...) : call<op, Result(Args...), "python">(args...);
+    };
+  };
+  m.impl(op.text, kernel(run));
 }
 
 void compute(torch::Library& m) {
@@ -98,7 +92,7 @@ void register_ops() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastlora's native back-end: kernels and autograd formulas of the ops in torch.ops.fastlora.";
   m.def("torch_version", [] { return FASTLORA_TORCH_VERSION; }, "The torch it was built for.");
-  m.def("cpu_name", [] { return fastlora::cpu::cpu().composed ? std::string("composed") : fastlora::cpu::cpu().name; },
+  m.def("cpu_name", [] { return fastlora::cpu::cpu().name; },
         "The form of the CPU kernels that runs here.");
   m.def("register_ops", fastlora::register_ops, "Register the kernels with torch's dispatcher, once.");
   m.def("pin_elsewhere", [](bool on) { fastlora::pinned_elsewhere = on; }, "Send every op to a back-end in Python.");

@@ -1,3 +1,5 @@
+#include <ATen/ExpandUtils.h>
+
 #include <algorithm>
 
 #include "ops.h"
@@ -17,21 +19,13 @@ bool adapter(const Tensor& t, int64_t rows, int64_t columns, const Tensor& x) {
 }
 
 bool gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, size_t count, int64_t R, const Tensor& like) {
-  int64_t sum = 0;
-  for (auto r : ranks) {
-    if (r < 0) return false;
-    sum += r;
-  }
-  if (ranks.empty() ? count > 1 : sum != R) return false;
+  if (std::any_of(ranks.begin(), ranks.end(), [](int64_t r) { return r < 0; })) return false;
+  if (ranks.empty() ? count > 1 : c10::sum_integers(ranks) != R) return false;
   const auto E = ranks.empty() ? R : static_cast<int64_t>(ranks.size());
   if (!floating(scaling) || (scaling.dim() != 0 && !vector(scaling, E))) return false;
   if (scaling.device() != like.device() && !(scaling.dim() == 0 && scaling.is_cpu())) return false;
-  if (!gates) return true;
-  if (!floating(*gates) || gates->device() != like.device() || gates->dim() > like.dim()) return false;
-  const auto full = with_last(like.sizes(), E);
-  for (int64_t i = 1; i <= gates->dim(); i++)
-    if (gates->size(-i) != 1 && gates->size(-i) != full[full.size() - i]) return false;
-  return true;
+  return !gates || (floating(*gates) && gates->device() == like.device() &&
+                    at::is_expandable_to(gates->sizes(), with_last(like.sizes(), E)));
 }
 
 }  // namespace
@@ -52,8 +46,7 @@ bool base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
 }
 
 bool linear(FASTLORA_LINEAR_ARGS) {
-  if (!base(x, weight, bias) || !shrink(FASTLORA_SHRINK)) return false;
-  if (lora_A.size() != lora_B.size()) return false;
+  if (!base(x, weight, bias) || !shrink(FASTLORA_SHRINK) || lora_A.size() != lora_B.size()) return false;
   const auto out = weight.size(0);
   for (size_t e = 0; e < lora_A.size(); e++)
     if (!adapter(lora_B[e], out, lora_A[e].size(0), x)) return false;

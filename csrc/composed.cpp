@@ -3,7 +3,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/mm.h>
 
-#include "dispatch.h"
+#include "ops.h"
 #include "products.h"
 
 namespace fastlora::composed {

@@ -68,10 +68,8 @@ Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef rank
   auto g = scaling.to(like.device(), dtype);
   if (gates) g = g * gates->to(dtype);
   g = spread(g, ranks);
-  auto leading = g.sizes().slice(0, std::max<int64_t>(g.dim() - 1, 0));
-  if (std::all_of(leading.begin(), leading.end(), [](int64_t s) { return s == 1; })) {
-    if (g.dim() > 1) g = g.reshape({g.size(-1)});
-    gate.rows = g.expand({R}).contiguous();
+  if (g.dim() == 0 || g.numel() == g.size(-1)) {
+    gate.rows = g.flatten().expand({R}).contiguous();
   } else {
     gate.rows = g.expand(with_last(like.sizes(), R)).reshape({rows_of(like), R}).contiguous();
   }
@@ -80,8 +78,7 @@ Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef rank
 
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& dg, const Tensor& scaling, const MaybeTensor& gates,
                                          IntArrayRef ranks, const Tensor& like, bool need_scaling, bool need_gates) {
-  auto dscaling = at::empty({0}, dg.options()), dgates = at::empty({0}, dg.options());
-  if (!need_scaling && !need_gates) return {dscaling, dgates};
+  auto dscaling = nothing(dg), dgates = nothing(dg);
   auto each = gather(dg, ranks);
   each = each.reshape(with_last(like.sizes(), each.size(-1)));
   const auto sum_to = [](const Tensor& grad, const Tensor& t) {

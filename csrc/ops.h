@@ -1,10 +1,27 @@
-// The kernels that binding.cpp and autograd.cpp register, one per op and dispatch key, and the checks of their arguments.
+// The kernels that binding.cpp and autograd.cpp register, one per op and dispatch key, the checks of their arguments, and
+// calls through torch's dispatcher.
 #pragma once
 #include <torch/library.h>
 
-#include "routed.h"
+#include <algorithm>
+
+#include "types.h"
 
 namespace fastlora {
+
+template <size_t n>
+struct Name {
+  char text[n];
+  constexpr Name(const char (&literal)[n]) { std::copy_n(literal, n, text); }
+};
+
+// The overload "python" walks the back-ends written in Python.
+template <Name name, class Signature, Name overload = "", class... Args>
+auto call(Args&&... args) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow(name.text, overload.text).template typed<Signature>();
+  return op.call(std::forward<Args>(args)...);
+}
 
 Tensor lora_linear(FASTLORA_LINEAR_ARGS);
 LinearForward lora_linear_forward(FASTLORA_LINEAR_ARGS);

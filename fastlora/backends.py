@@ -22,8 +22,6 @@ _EARLIER = {("lora_dropout", "cuda"): ("triton", "reference")}
 _implementations = {}
 # (op, back-end) -> verify(implementation, *args), None or a sentence: one more objection; it caches what it can
 verifications = {}
-# op -> the one whose first result it is, in every back-end written in Python
-_firsts = {"lora_linear": "lora_linear_forward", "lora_routed": "lora_routed_forward"}
 _pinned = None
 _noticed = False
 
@@ -75,8 +73,9 @@ def _device(args):
 
 
 def _implementation(op, backend):
-    if op in _firsts and backend != "native":
-        whole, object_ = _implementation(_firsts[op], backend)
+    if (f"{op}_forward", "reference") in _implementations and backend != "native":
+        # in every back-end written in Python it is that one's first result
+        whole, object_ = _implementation(f"{op}_forward", backend)
         return lambda *args: whole(*args)[0], object_
     if (op, backend) not in _implementations:
         register(op, backend, *(_triton if backend == "triton" else _native)(op))
@@ -95,50 +94,35 @@ def order(op, *args):
     return (_pinned,) if _pinned else _EARLIER.get((op, _device(args)), _ORDER)
 
 
-def passed_over(backend):
+def passed_over():
     """Why a back-end without objection is not asked."""
     if _pinned:
         return f"{_pinned} is pinned"
     return "no default here: docs/gpu-status.md does not list it as run and faster; use_backend() pins it"
 
 
-def walk(op, *args):
-    """(back-end, None or its objection) of each that is asked, up to the one that runs the call."""
-    asked = []
-    for backend in order(op, *args):
-        asked.append((backend, objection(op, backend, *args)))
-        if asked[-1][1] is None:
-            break
-    return asked
-
-
 def kernel(op, check=None):
-    """The op's kernel where no C++ one runs: it checks the arguments and runs the first back-end of the walk."""
+    """The op's kernel where no C++ one runs: it checks the arguments and runs the first back-end without objection."""
 
     def run(*args):
+        global _noticed
         # where no C++ formula refuses it: the formulas in Python drop tangents without a word
         if torch.autograd.forward_ad._current_level >= 0:
             raise NotImplementedError("fastlora: forward-mode AD (jvp) is not implemented")
         if check:
             check(*args)
-        asked = walk(op, *args)
-        backend, why = asked[-1]
-        if why is not None:
-            reasons = "; ".join(f"{name}: {sentence}" for name, sentence in asked)
-            raise NotImplementedError(f"fastlora::{op}: no back-end takes this call. {reasons}")
-        if len(asked) > 1:
-            _notice(op, asked)
-        return _implementation(op, backend)[0](*args)
+        passed = []
+        for backend in order(op, *args):
+            why = objection(op, backend, *args)
+            if why is None:
+                if passed and not _noticed:
+                    _noticed, slower = True, f"{op} runs on the slower back-end {backend!r}. {'; '.join(passed)}"
+                    warnings.warn(f"fastlora: {slower}", stacklevel=2)
+                return _implementation(op, backend)[0](*args)
+            passed.append(f"{backend}: {why}")
+        raise NotImplementedError(f"fastlora::{op}: no back-end takes this call. {'; '.join(passed)}")
 
     return run
-
-
-def _notice(op, asked):
-    global _noticed
-    if not _noticed:
-        _noticed = True
-        reasons = "; ".join(f"{name}: {sentence}" for name, sentence in asked[:-1])
-        warnings.warn(f"fastlora: {op} runs on the slower back-end {asked[-1][0]!r}. {reasons}", stacklevel=2)
 
 
 def _pin(name, source=None):

@@ -59,9 +59,8 @@ def _triton():
 def _cuda():
     if torch.version.cuda is None:
         return "this torch was built without it"
-    if not torch.cuda.is_available():
-        return f"{torch.version.cuda}, but no GPU that torch can use"
-    return f"{torch.version.cuda}, {torch.cuda.get_device_name()}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "but no GPU that torch can use"
+    return f"{torch.version.cuda}, {gpu}"
 
 
 def build_extension(source=None):
@@ -71,11 +70,8 @@ def build_extension(source=None):
     if source is None or not (source / "csrc").is_dir():
         print(f"fastlora: no source folder ({source}); give that of {DISTRIBUTION}: python -m fastlora build FOLDER")
         return 1
-    if editable:
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    else:
-        command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-        command += ["--force-reinstall", "."]
+    install = "-m pip install --no-build-isolation --no-deps --force-reinstall ."
+    command = [sys.executable, *("setup.py build_ext --inplace" if editable else install).split()]
     print("fastlora:", " ".join(command), f"in {source}", flush=True)
     return subprocess.run(command, cwd=source, env={**os.environ, "FASTLORA_REQUIRE_EXT": "1"}).returncode
 
@@ -83,12 +79,9 @@ def build_extension(source=None):
 def _installed_from():
     """(folder that pip installed from or None, whether the installation is that folder)"""
     try:
-        recorded = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
+        recorded = json.loads(metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
     except metadata.PackageNotFoundError:
-        recorded = None
-    if recorded is None:
-        return None, False
-    recorded = json.loads(recorded)
-    url = urlparse(recorded["url"])
+        recorded = {}
+    url = urlparse(recorded.get("url", ""))
     folder = Path(unquote(url.path)) if url.scheme == "file" else None
     return folder, recorded.get("dir_info", {}).get("editable", False)

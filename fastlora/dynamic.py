@@ -70,10 +70,8 @@ def _whole(number):
 
 def _layers(model):
     """(the layers with a rank, the largest r of them)"""
-    layers = [model] if isinstance(model, LoRALayer) else list(lora_layers(model).values())
-    # named tasks have no rank to choose
-    own = layers and all(m.r and hasattr(m, "lora_A") for m in layers)
-    check.value(own, "model", "no layer of rank 1 or more", "layers with an adapter of their own")
+    layers = list(lora_layers(model).values())
+    check.value(layers, "model", "no layer of rank 1 or more", "layers with an adapter of their own")
     for layer in layers:
         # raises where a part of r means nothing
         layer.narrow(layer.lora_A, layer.lora_B, 0, 1)

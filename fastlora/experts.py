@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from fastlora.checkpoint.folder import read_adapter, write_adapter
-from fastlora.nn.bank import Bank, TaskAdapter, escape
-from fastlora.nn.convert import check_convertible, convert, like
+from fastlora.nn.bank import Bank, TaskAdapter, escape, open_banks
+from fastlora.nn.convert import like
 from fastlora.nn.fastpath import holds_adapters, update_fast_paths
 from fastlora.ops import check
 
@@ -23,21 +23,14 @@ def open_experts(model, adapters, owner, bank=Bank, dtype=None):
     check.value(not any(map(holds_adapters, model.modules())), "model", "a model with adapters", "a plain one")
     check.value(adapters, "adapters", "none", "at least one")
     read = {name: _read(model, name, source) for name, source in adapters.items()}
-    modules, dropout = dict(model.named_modules()), max(config.get("lora_dropout", 0.0) for _, config in read.values())
+    dropout = max(config.get("lora_dropout", 0.0) for _, config in read.values())
     adapted = dict.fromkeys(planned.path for plan, _ in read.values() for planned in plan.values())
-    for path in adapted:
-        check_convertible(path, modules, None)
-    for path in adapted:
-        convert(modules[path], bank)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Bank)}
+    layers = open_banks(model, adapted, owner, dropout, bank)
     for place, layer in enumerate(layers.values()):
-        layer.open(owner, dropout)
         layer.place = place
-        # PEFT's form of a convolution is what a PEFT folder holds
-        vars(layer).pop("form", None)
     for name, (plan, _) in read.items():
         for layer, planned in plan.items():
-            layers[layer].tasks[escape(name)] = _adapter(planned, like(modules[planned.path]), dtype)
+            layers[layer].tasks[escape(name)] = _adapter(planned, like(model.get_submodule(planned.path)), dtype)
     update_fast_paths(model)
     return layers
 
@@ -53,13 +46,11 @@ def _read(model, name, source):
 
 
 def _adapter(planned, base, dtype):
-    adapter = TaskAdapter()
+    adapter, pair = TaskAdapter(), (planned.lora_A, planned.lora_B)
     dtype = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
-    shapes = planned.lora_A.shape, planned.lora_B.shape
-    adapter.attach_factors(shapes, planned.r, planned.lora_alpha, dtype, base.device)
-    adapter.lora_A.copy_(planned.lora_A)
-    adapter.lora_B.copy_(planned.lora_B)
-    adapter.set_scale(1.0)
+    adapter.attach_factors([t.shape for t in pair], planned.r, planned.lora_alpha, dtype, base.device)
+    for own, given in zip(adapter.parameters(), pair, strict=True):
+        own.copy_(given)
     return adapter.requires_grad_(False)
 
 
@@ -70,8 +61,6 @@ class _Expert:
         self._layer, self._key = layer, key
 
     def __getattr__(self, name):
-        if name == "tasks":
-            raise AttributeError(name)
         own = name in ("r", "lora_alpha", "lora_A", "lora_B")
         return getattr(self._layer.tasks[self._key] if own else self._layer, name)
 

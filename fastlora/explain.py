@@ -30,7 +30,7 @@ def _reasons(op, args):
     why, asked = {name: backends.objection(op, name, *args) for name in backends.NAMES}, backends.order(op, *args)
     chosen = next((name for name in asked if why[name] is None), None)
     for name in why.keys() - {chosen}:
-        why[name] = why[name] or (f"it comes after {chosen}" if name in asked else backends.passed_over(name))
+        why[name] = why[name] or (f"it comes after {chosen}" if name in asked else backends.passed_over())
     return chosen, why
 
 

@@ -190,8 +190,7 @@ def print_trainable_parameters(model):
 def disable_adapter(model):
     """Context manager: in this thread the model runs without its adapters, as DPO's reference model.
 
-    Under activation checkpointing with gradients pass `context_fn=fastlora.checkpoint_context`; a recompute that
-    cannot know the state raises RuntimeError.
+    A recompute of activation checkpointing raises RuntimeError without `context_fn=fastlora.checkpoint_context`.
     """
     lora_layers(model, named_tasks=True)
     return turned_off(m for m in model.modules() if holds_adapters(m))

@@ -1,12 +1,7 @@
 // bfloat16 through vdpbf16ps; the other types are in avx512.cpp.
 // flags: -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mamx-tile -mamx-bf16 -mavx2 -mfma -mf16c -mprefer-vector-width=512
-#include "cpu.h"
-#if defined(__AVX512BF16__) && defined(__AMX_BF16__)
 #include <immintrin.h>
 #define DOT_BF16
+#define TABLE avx512_bf16
 #define VL 16
 #include "table.inc.h"
-const fastlora::cpu::Kernels* fastlora::cpu::avx512_bf16() { return &table; }
-#else
-const fastlora::cpu::Kernels* fastlora::cpu::avx512_bf16() { return nullptr; }
-#endif

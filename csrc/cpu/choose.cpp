@@ -1,8 +1,9 @@
 // Which instruction set and which form: from what the CPU can do, the type and the shape, nothing else.
-#include "choose.h"
-
 #include <cstdlib>
 #include <stdexcept>
+#include <string>
+
+#include "cpu.h"
 
 #ifdef __linux__
 #include <sys/syscall.h>
@@ -12,7 +13,13 @@
 namespace fastlora::cpu {
 namespace {
 
+enum Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kIsaCount };
 const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+#if defined(__x86_64__)
+const Kernels* const kKernels[] = {portable, avx2, avx512, avx512_bf16};
+#else
+const Kernels* const kKernels[] = {portable};
+#endif
 
 bool runs(Isa isa) {
 #if defined(__x86_64__)
@@ -35,14 +42,6 @@ bool runs(Isa isa) {
   return isa == kPortable;
 }
 
-const Kernels* kernels(Isa isa) {
-  if (!runs(isa)) return nullptr;
-#if defined(__x86_64__)
-  if (isa != kPortable) return isa == kAvx2 ? avx2() : isa == kAvx512 ? avx512() : avx512_bf16();
-#endif
-  return portable();
-}
-
 Cpu detect() {
   Cpu cpu{};
 #if defined(__x86_64__)
@@ -51,13 +50,13 @@ Cpu detect() {
   const char* pin = std::getenv("FASTLORA_CPU");
   const std::string name = pin ? pin : "";
   cpu.composed = name == "composed";
-  cpu.pinned = !name.empty() && !cpu.composed;
+  const bool pinned = !name.empty() && !cpu.composed;
   bool known = false;
   Isa isa = kIsaCount;
   for (int i = 0; i < kIsaCount; i++) {
-    if (cpu.pinned && name != kNames[i]) continue;
+    if (pinned && name != kNames[i]) continue;
     known = true;
-    if (kernels(Isa(i))) isa = Isa(i);
+    if (runs(Isa(i))) isa = Isa(i);
   }
   if (isa == kIsaCount)
     throw std::runtime_error("FASTLORA_CPU=" + name + ": expected portable, avx2, avx512, avx512_bf16, amx or composed, " +
@@ -65,13 +64,11 @@ Cpu detect() {
   cpu.amx = isa == kAmx;
   // vdpbf16ps does two steps where FMA on split halves needs two instructions and a shift or mask. AMD runs as many of it
   // as of FMA (timed on Zen 4), Intel a quarter of them (timed on Emerald Rapids), and then splitting wins.
-  bool dot = cpu.amx || (isa == kAvx512Bf16 && (cpu.pinned || !cpu.intel));
-  Isa base = isa >= kAvx512Bf16 ? kAvx512 : isa;
-  cpu.table[kFloat] = cpu.table[kHalf] = kernels(base);
-  cpu.table[kBFloat16] = dot ? kernels(kAvx512Bf16) : kernels(base);
-  cpu.dot_bf16 = dot;
-  cpu.isa = dot ? isa : base;
-  cpu.name = kNames[cpu.isa];
+  cpu.dot_bf16 = cpu.amx || (isa == kAvx512Bf16 && (pinned || !cpu.intel));
+  const Isa base = isa >= kAvx512Bf16 ? kAvx512 : isa;
+  for (Type type : {kFloat, kBFloat16, kHalf})
+    cpu.table[type] = &kKernels[type == kBFloat16 && cpu.dot_bf16 ? kAvx512Bf16 : base][type];
+  cpu.name = cpu.composed ? "composed" : kNames[cpu.dot_bf16 ? isa : base];
   return cpu;
 }
 
@@ -87,16 +84,17 @@ const Cpu& cpu() {
 // reaches torch's own GEMM, except where MKL is at its best (fp32 on Intel) and where w is large and bf16: oneDNN packs it
 // faster, the more so where w lies along n. Tiles, too, read w where it lies: 0.6 to 0.9 of oneDNN's time at M <= 64, above
 // 0.9 to 1.4 (oneDNN's product and an update of ours: 1.1 to 1.6; Emerald Rapids).
-Form choose(const Shape& s, const Cpu& cpu) {
-  const bool dot_bf16 = s.type == kBFloat16 && cpu.dot_bf16;
-  if (s.type == kBFloat16 && cpu.amx && s.M > 1) {
-    if (s.w_along_k && !s.masked) return kTiles;
-    if (s.M >= 8) return kVendor;
+Form choose(const Gemm& p, const Cpu& cpu) {
+  const bool dot_bf16 = p.type == kBFloat16 && cpu.dot_bf16, rows = p.w_along_k && !p.mask.threshold;
+  const Form vendor = p.c || p.u ? kPacked : kVendor;   // whose product has no epilogue
+  if (p.type == kBFloat16 && cpu.amx && p.M > 1) {
+    if (rows) return kTiles;
+    if (p.M >= 8) return vendor;
   }
-  if (s.w_along_k && !s.masked && s.M <= (dot_bf16 ? 32 : 64)) return kDot;
-  if (!s.w_along_k && s.M <= 4) return kDirect;
-  if (s.type == kFloat && cpu.intel && s.M >= 128) return kVendor;
-  if (dot_bf16 && s.M >= (s.w_along_k ? 48 : 16) && s.K >= 2048) return kVendor;
+  if (rows && p.M <= (dot_bf16 ? 32 : 64)) return kDot;
+  if (!p.w_along_k && p.M <= 4) return kDirect;
+  if (p.type == kFloat && cpu.intel && p.M >= 128) return vendor;
+  if (dot_bf16 && p.M >= (p.w_along_k ? 48 : 16) && p.K >= 2048) return vendor;
   return kPacked;
 }
 

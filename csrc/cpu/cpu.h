@@ -1,5 +1,5 @@
-// The CPU kernels' own border: plain structs and one table of functions per instruction set, no torch. Letters as in the
-// formula: x [M, K], w, a [R, K], b [N, R], z [M, R], g (gates). Functions and inline code do not belong here: every
+// The CPU kernels' own border: plain structs and one table of functions per instruction set and type, no torch. Letters as
+// in the formula: x [M, K], w, a [R, K], b [N, R], z [M, R], g (gates). Inline code does not belong here: every
 // instruction-set file includes this header, and the linker keeps one copy of an inline function for everyone.
 #pragma once
 #include <stddef.h>
@@ -72,7 +72,6 @@ struct Shrink {
 
 // da[r, k] = sum_m t[m, r] g[m, r] D(x)[m, k], for each adapter; [K, rank] where it lies along_rank
 struct Outer {
-  Type type;
   int64_t M, K, R;
   const float* t;
   Gates g;
@@ -94,7 +93,6 @@ struct Added {
 // For M rows of y that share a list: with v = y - bias, y += sum over the list's adapters j of sum_r zg[m, r] b(r, n), which
 // DoRA makes (1 + d) that + gates[offsets[rows[m]] + j] d v
 struct Spread {
-  Type type;
   int64_t M;
   const int64_t* rows;     // y's row of each
   const float* zg;
@@ -122,16 +120,28 @@ struct Kernels {
   void (*shrink)(const Shrink&, int64_t m0, int64_t m1, char* scratch);
   void (*outer)(const Outer&, int64_t k0, int64_t k1, char* scratch);
   void (*spread)(const Spread&, int64_t n0, int64_t n1);
-  void (*dropout)(Type, const void* x, void* y, int64_t n, int64_t i, const Mask&);   // one row, from element i of the mask
+  void (*dropout)(const void* x, void* y, int64_t n, int64_t i, const Mask&);   // one row, from element i of the mask
   int tile_columns;   // n0 and n1 are multiples of it, except N itself
 };
 
-enum Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kIsaCount };
+// by Type
+extern const Kernels portable[], avx2[], avx512[];
+extern const Kernels avx512_bf16[];   // bfloat16 only; the rest is avx512's
 
-// null where the build lacks the instruction set
-const Kernels* portable();
-const Kernels* avx2();
-const Kernels* avx512();
-const Kernels* avx512_bf16();   // bfloat16 only; the rest is avx512's
+// What the CPU does, and which form a product takes.
+struct Cpu {
+  const Kernels* table[3];   // by Type
+  const char* name;
+  bool dot_bf16;             // vdpbf16ps is worth using
+  bool intel;                // MKL's sgemm reaches its peak there only
+  bool amx;                  // products of bf16 run on tiles, several times as fast as in any vector form
+  bool composed;             // FASTLORA_CPU=composed: no kernel of ours
+};
+const Cpu& cpu();            // throws where FASTLORA_CPU names what this CPU lacks
+Form choose(const Gemm&, const Cpu&);
+
+int64_t scratch_bytes(const Gemm&);
+int64_t scratch_bytes(const Shrink&);
+int64_t scratch_bytes(const Outer&);
 
 }  // namespace fastlora::cpu

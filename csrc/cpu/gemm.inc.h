@@ -8,6 +8,11 @@ INLINE void finish(const Gemm& p, int64_t m, int64_t n, vf v, int64_t count) {
   store_upto((T*)p.y + m * p.ldy + n, v, count);
 }
 INLINE float gate(const Gates& g, int64_t m, int64_t r) { return g.rows ? g.rows[m * g.stride + r] : g.scalar; }
+// z g of the rows from m on, `z` the first of them: [padded, width], zero beyond
+void gated_rows(const Gemm& p, const float* z, int64_t m, int64_t rows, int64_t padded, int64_t width, float* out) {
+  for (int64_t i = 0; i < padded; i++)
+    for (int64_t r = 0; r < width; r++) *out++ = i < rows && r < p.R ? z[i * p.R + r] * gate(p.g, m + i, r) : 0;
+}
 
 // All adapters' f at column n, in T's precision, as whole vectors: the next adapter, or row, overwrites the zeros beyond.
 template <class T, class Out>
@@ -36,11 +41,6 @@ struct Update {
     zg = s.take<float>(kDotRows * width);
     b = s.take<float>(8 * width + VL);
     for (int64_t i = 0; i < 8 * width; i += VL) store(b + i, vf{});
-  }
-  void rows(int64_t from, int64_t count, const float* z) {   // z of row `from` first
-    m0 = from;
-    for (int64_t m = 0; m < count; m++)
-      for (int64_t r = 0; r < width; r++) zg[m * width + r] = r < p.R ? z[m * p.R + r] * gate(p.g, from + m, r) : 0;
   }
   template <int NR>
   INLINE void start(int64_t n) const {
@@ -82,7 +82,8 @@ void gemm_dot(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Scr
     const T* x = (const T*)p.x + m * p.ldx;
     if (p.a) shrink_rows(x, p.ldx, rows, p.K, p.adapters, p.a, z, p.R, 1, s);
     if (p.a && p.z_out && n0 == 0) __builtin_memcpy(p.z_out + m * p.R, z, rows * p.R * sizeof(float));
-    update.rows(m, rows, p.a ? z : p.z + m * p.R);
+    gated_rows(p, p.a ? z : p.z + m * p.R, m, rows, rows, update.width, update.zg);
+    update.m0 = m;
     dot_columns(x, p.ldx, rows, (const T*)p.w, p.ldw, n0, n1, p.K, part, update);
   }
 }
@@ -128,14 +129,14 @@ constexpr int kStride = kSteps + 16;             // of the packed rows of x: row
 constexpr int kPanelStride = (kSteps + 2) * kPanel;   // so would panels
 
 // One tile in hand. To the product of x and w it adds the sums so far and, at one of its blocks of K, the update.
-template <class S, class U>
+template <class S>
 struct Tile {
   const typename S::X* x;
   int64_t ldx;
   const typename S::W* w;
   int64_t ldw, steps;
-  const typename U::X* zg;    // [rows, R]; null: no update
-  const typename U::W* f;     // [R, columns]
+  const typename S::X* zg;    // [rows, R]; null: no update
+  const typename S::W* f;     // [R, columns]
   int64_t ldz, ldf, ranks;    // ranks: steps of the update
   const uint16_t* lanes;      // of the first row and column, rows kLanes apart; null: no mask
   const float* sums;          // null: none so far
@@ -143,11 +144,11 @@ struct Tile {
   int64_t ldpart, m, rows, n, columns;
 };
 
-template <class T, class S, class U, int MR, int NV>
-void run_tile(const Gemm& p, const Tile<S, U>& t) {
+template <class T, class S, int MR, int NV>
+void run_tile(const Gemm& p, const Tile<S>& t) {
   vf acc[MR][NV] = {}, update[MR][NV] = {};
   row_tile<S, MR, NV>(t.x, t.ldx, t.w, t.ldw, t.steps, acc);
-  if (t.zg) row_tile<U, MR, NV>(t.zg, t.ldz, t.f, t.ldf, t.ranks, update);
+  if (t.zg) row_tile<S, MR, NV>(t.zg, t.ldz, t.f, t.ldf, t.ranks, update);
   for (int i = 0; i < MR; i++)
     for (int v = 0; v < NV; v++) {
       vf u = update[i][v];
@@ -169,10 +170,6 @@ template <class T>
 void pack_factors(const Gemm& p, int64_t n, int64_t columns, int64_t width, float* out) {
   for (int e = 0; e < p.adapters; out += p.f[e++].rank * width)
     for (int64_t v = 0; v < width; v += VL) factor_vectors<T>(p.f[e], n + v, columns - v, out + v, width);
-}
-void gated_rows(const Gemm& p, int64_t m, int64_t rows, int64_t padded, float* out) {
-  for (int64_t i = 0; i < padded; i++)
-    for (int64_t r = 0; r < p.R; r++) *out++ = i < rows ? p.z[(m + i) * p.R + r] * gate(p.g, m + i, r) : 0;
 }
 
 // dropout's lanes of columns n .. n + columns, the rows kLanes apart
@@ -225,9 +222,9 @@ void direct_slab(const Gemm& p, int64_t m, int64_t rows, int64_t n0, int64_t col
   for (int64_t n = 0; n < columns; n += width) {
     pack_factors<T>(p, n0 + n, width, width, f);
     if (masked) mask_rows(p, m, rows, n0 + n, width, lane);
-    Tile<Rows<T>, Rows<float>> t = {x, 0, w, 0, 0, zg, f, p.R, width, p.R, masked ? lane : nullptr, sums + n, nullptr, kSlab,
-                       m, rows, n0 + n, width};
-    run_tile<T, Rows<T>, Rows<float>, MR, 2>(p, t);
+    Tile<Rows<float>> t = {nullptr, 0, nullptr, 0, 0, zg, f, p.R, width, p.R, masked ? lane : nullptr, sums + n, nullptr,
+                           kSlab, m, rows, n0 + n, width};
+    run_tile<T, Rows<float>, MR, 2>(p, t);
   }
 }
 // Returns the first column that is in no whole tile.
@@ -236,7 +233,7 @@ int64_t gemm_direct(const Gemm& p, int64_t m, int64_t rows, int64_t n0, int64_t 
   int64_t padded = rows < 3 ? rows : 4, whole = n0 + (n1 - n0) / (2 * VL) * (2 * VL);
   float* zg = s.take<float>(padded * p.R);
   float* x = s.take<float>(padded * p.K);
-  gated_rows(p, m, rows, padded, zg);
+  gated_rows(p, p.z + m * p.R, m, rows, padded, p.R, zg);
   for (int64_t i = 0; i < padded; i++)
     for (int64_t k = 0; k < p.K; k += VL) {
       int64_t left = p.K - k;

@@ -1,30 +1,14 @@
+// The products on CPU tensors, through our kernels.
 #include "host.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/ones.h>
 
+#include <cmath>
 #include <memory>
-#include <numeric>
 
 namespace fastlora::cpu {
-namespace {
-
-// Columns first, so that w is read once; rows as well where the columns do not suffice.
-void run_grid(const Gemm& p, Form form, int threads) {
-  const auto* table = cpu().table[p.type];
-  const int64_t unit = table->tile_columns;
-  const int64_t by_n = std::min<int64_t>(threads, divide_up(p.N, unit));
-  const int64_t by_m = std::max<int64_t>(1, std::min<int64_t>(threads / by_n, p.M / kTileRows));
-  const int64_t dn = chunk_of(p.N, by_n, unit), dm = chunk_of(p.M, by_m, kTileRows);
-  const int64_t columns = divide_up(p.N, dn), rows = divide_up(p.M, dm);
-  const int64_t bytes = scratch_bytes(p);
-  parallel(columns * rows, [&](int64_t t) {
-    const int64_t m = t / columns * dm, n = t % columns * dn;
-    table->gemm(p, form, m, std::min(m + dm, p.M), n, std::min(n + dn, p.N), scratch(bytes));
-  });
-}
-
-}  // namespace
 
 char* scratch(int64_t bytes) {
   thread_local std::unique_ptr<char[]> buffer;
@@ -65,44 +49,77 @@ Rows::Rows(const Tensor& t) : tensor(t), n(t.size(-1)) {
   data = tensor.const_data_ptr();
 }
 
-Factors::Factors(TensorList adapters, bool last_is_rank) {
-  for (const auto& t : adapters) {
-    tensors.push_back(t.stride(1) == 1 ? t : t.contiguous());
-    const auto& c = tensors.back();
-    list.push_back({c.const_data_ptr(), type_of(c), c.size(last_is_rank), c.stride(0), last_is_rank});
+namespace {
+
+// The adapters' matrices, each contiguous along its last dimension.
+struct Factors {
+  Factors(TensorList adapters, bool last_is_rank) {
+    for (const auto& t : adapters) {
+      const auto& c = tensors.emplace_back(t.stride(1) == 1 ? t : t.contiguous());
+      list.push_back({c.const_data_ptr(), type_of(c), c.size(last_is_rank), c.stride(0), last_is_rank});
+      R += list.back().rank;
+    }
   }
-}
-
-void set_weight(Gemm& p, const Tensor& w, Tensor& keep) {
-  keep = w.stride(1) == 1 || w.stride(0) == 1 ? w : w.contiguous();
-  p.w = keep.const_data_ptr();
-  p.w_along_k = keep.stride(1) == 1;
-  p.ldw = keep.stride(p.w_along_k ? 0 : 1);
-}
-
-void set_factors(Gemm& p, const Factors& f) {
-  p.adapters = f.count();
-  p.f = f.list.data();
-}
+  int count() const { return static_cast<int>(list.size()); }
+  int64_t R = 0;
+  c10::SmallVector<Tensor, 2> tensors;
+  c10::SmallVector<Factor, 2> list;
+};
 
 Gates gates_of(const Gate& gate) {
   if (!gate.rows.defined()) return {static_cast<float>(gate.scalar), nullptr, 0};
   return {1, gate.rows.const_data_ptr<float>(), gate.rows.dim() == 2 ? gate.rows.size(1) : 0};
 }
 
-Mask mask_of(double p, const MaybeTensor& seed, int64_t width) {
-  if (p == 0) return {};
-  const auto threshold = static_cast<uint32_t>(std::nearbyint(p * 65536));
+Mask mask_of(const Dropout& d, int64_t width) {
+  if (d.p == 0) return {};
+  const auto threshold = static_cast<uint32_t>(std::nearbyint(d.p * 65536));
   const float scale = threshold == 65536 ? 0 : 65536.0 / (65536 - threshold);
-  return {static_cast<uint64_t>(seed->item<int64_t>()), threshold, scale, width};
+  return {static_cast<uint64_t>(d.seed->item<int64_t>()), threshold, scale, width};
 }
 
+int64_t chunk_of(int64_t n, int64_t parts, int64_t unit) {
+  return std::max<int64_t>(1, divide_up(divide_up(n, parts), unit)) * unit;
+}
+
+// f(from, to) on each thread's share of 0 .. n, in multiples of `unit`
+template <class F>
+void share(int64_t n, int64_t unit, int64_t multiply_adds, const F& f) {
+  const int64_t chunk = chunk_of(n, threads_for(multiply_adds), unit);
+  parallel(divide_up(n, chunk), [&](int64_t t) { f(t * chunk, std::min(n, (t + 1) * chunk)); });
+}
+
+// Columns first, so that w is read once; rows as well where the columns do not suffice.
+void run_grid(const Gemm& p, Form form, int threads) {
+  const auto* table = cpu().table[p.type];
+  const int64_t unit = table->tile_columns;
+  const int64_t by_n = std::min<int64_t>(threads, divide_up(p.N, unit));
+  const int64_t by_m = std::max<int64_t>(1, std::min<int64_t>(threads / by_n, p.M / kTileRows));
+  const int64_t dn = chunk_of(p.N, by_n, unit), dm = chunk_of(p.M, by_m, kTileRows);
+  const int64_t columns = divide_up(p.N, dn), rows = divide_up(p.M, dm);
+  const int64_t bytes = scratch_bytes(p);
+  parallel(columns * rows, [&](int64_t t) {
+    const int64_t m = t / columns * dm, n = t % columns * dn;
+    table->gemm(p, form, m, std::min(m + dm, p.M), n, std::min(n + dn, p.N), scratch(bytes));
+  });
+}
+
+// without a base: y = add + D((z g) f)
 void run_update(const Gemm& p) { run_grid(p, kPacked, threads_for(p.M * p.N * (p.R + 16))); }
 
-void run(Gemm p, const Tensor& x, const Tensor& w, Tensor out) {
+void run(Shrink p) {
+  p.tiles = p.type == kBFloat16 && cpu().amx && p.M >= 8;
+  const int64_t bytes = scratch_bytes(p);
+  share(p.M, 4, p.M * p.K * (p.R + 8 * (p.mask.threshold != 0)), [&](int64_t from, int64_t to) {
+    cpu().table[p.type]->shrink(p, from, to, scratch(bytes));
+  });
+}
+
+// Runs p; `out` is y's tensor, and x and w those behind p.x and p.w, for the vendor's GEMM. Where p.a is set, z is
+// computed on the way, or ahead of it where that is cheaper.
+void run(Gemm p, const Tensor& x, const Tensor& w, const Tensor& out) {
   const int threads = threads_for(p.M * p.N * (p.K + p.R));
-  Form form = choose({p.type, p.M, p.N, p.K, p.R, p.w_along_k, p.mask.threshold != 0}, cpu());
-  if (form == kVendor && (p.c || p.u)) form = kPacked;
+  const Form form = choose(p, cpu());
   Tensor ahead;
   const int64_t worth = form == kTiles && p.M >= 64 ? 32 : 4;   // else each thread computes all of z for itself
   if (p.a && (form > kTiles || p.R * threads * worth > p.N)) {
@@ -110,55 +127,110 @@ void run(Gemm p, const Tensor& x, const Tensor& w, Tensor out) {
       ahead = make({p.M, p.R}, x, at::kFloat);
       p.z_out = ahead.data_ptr<float>();
     }
-    run(Shrink{p.type, p.M, p.K, p.R, p.x, p.ldx, p.adapters, p.a, {}, p.z_out});
+    run({p.type, p.M, p.K, p.R, p.x, p.ldx, p.adapters, p.a, {}, p.z_out});
     p.z = p.z_out;
     p.a = nullptr;
   }
   if (form != kVendor) return run_grid(p, form, threads);
-  const bool started = p.R > 0 || p.bias || p.add;
-  if (started) {
-    auto update = p;
-    update.K = 0;
-    run_update(update);
-  }
+  const bool started = p.R > 0 || p.bias;
+  p.K = 0;
+  if (started) run_update(p);
   auto y = out.view({p.M, p.N});
   at::addmm_out(y, y, flat(x), w.t(), started ? 1 : 0);
 }
 
-void run(Shrink p) {
-  const auto* table = cpu().table[p.type];
-  p.tiles = p.type == kBFloat16 && cpu().amx && p.M >= 8;
-  const int64_t chunk = chunk_of(p.M, threads_for(p.M * p.K * (p.R + 8 * (p.mask.threshold != 0))), 4);
-  const int64_t bytes = scratch_bytes(p);
-  parallel(divide_up(p.M, chunk), [&](int64_t t) {
-    table->shrink(p, t * chunk, std::min(p.M, (t + 1) * chunk), scratch(bytes));
-  });
+Tensor project(const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
+  const Rows rows(x);
+  const Factors factors(f, last_is_rank);
+  auto z = make(with_last(x.sizes(), factors.R), x, at::kFloat);
+  run({type_of(x), rows.M, rows.n, factors.R, rows.data, rows.ld, factors.count(), factors.list.data(), mask_of(d, rows.n),
+       z.data_ptr<float>()});
+  return z;
 }
 
-void run_dropout(const Rows& x, const Tensor& y, const Mask& mask) {
-  const auto kernel = cpu().table[type_of(y)]->dropout;
-  const int64_t row = x.n * y.element_size();
-  const int64_t chunk = divide_up(x.M, threads_for(x.M * x.n * 8));
-  parallel(divide_up(x.M, chunk), [&](int64_t t) {
-    for (int64_t m = t * chunk; m < std::min(x.M, (t + 1) * chunk); m++)
-      kernel(type_of(y), static_cast<const char*>(x.data) + m * x.ld * y.element_size(),
-             static_cast<char*>(y.mutable_data_ptr()) + m * row, x.n, m * x.n, mask);
-  });
-}
-
-Tensors run(Outer p, TensorList adapters) {
-  const auto* table = cpu().table[p.type];
-  const int64_t chunk = chunk_of(p.K, threads_for(p.M * p.K * p.R), table->tile_columns), bytes = scratch_bytes(p);
+Tensors outer(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
+  const Rows rows(x);
+  const Factors factors(f, last_is_rank);
   // one buffer for each gradient: outputs of an op share no memory
   Tensors sums;
   c10::SmallVector<float*, 2> data;
-  for (const auto& t : adapters) data.push_back(sums.emplace_back(make(t.sizes(), t, at::kFloat)).data_ptr<float>());
-  p.da = data.data();
-  parallel(divide_up(p.K, chunk), [&](int64_t t) {
-    table->outer(p, t * chunk, std::min(p.K, (t + 1) * chunk), scratch(bytes));
-  });
-  for (size_t e = 0; e < sums.size(); e++) sums[e] = sums[e].to(adapters[e].scalar_type());
+  for (const auto& a : f) data.push_back(sums.emplace_back(make(a.sizes(), a, at::kFloat)).data_ptr<float>());
+  const Outer p{rows.M, rows.n, factors.R, t.z.const_data_ptr<float>(), gates_of(t.gate), rows.data, rows.ld,
+                mask_of(d, rows.n), factors.count(), factors.list.data(), data.data()};
+  const auto* table = cpu().table[type_of(x)];
+  const int64_t bytes = scratch_bytes(p);
+  share(p.K, table->tile_columns, p.M * p.K * p.R,
+        [&](int64_t from, int64_t to) { table->outer(p, from, to, scratch(bytes)); });
+  for (size_t e = 0; e < sums.size(); e++) sums[e] = sums[e].to(f[e].scalar_type());
   return sums;
+}
+
+Tensor product(Product& q) {
+  const Factors a(q.a, false), f(q.f, q.last_is_rank);
+  const auto width = q.start ? q.like.size(-1) : q.N;
+  auto y = make(with_last(q.like.sizes(), width), q.like, q.like.scalar_type());
+  const Rows rows(q.x.defined() ? q.x : q.start ? q.like : y);
+  Gemm p{};
+  p.type = type_of(y);
+  p.M = rows.M, p.N = q.N, p.R = f.R;
+  p.adapters = f.count(), p.f = f.list.data();
+  p.g = gates_of(q.z.gate);
+  p.mask = mask_of(q.dropout, p.N);
+  p.y = y.mutable_data_ptr(), p.ldy = width;
+  if (q.z.z.defined()) {
+    p.z = q.z.z.const_data_ptr<float>();
+  } else {
+    if (q.want_z) q.z.z = make(with_last(q.like.sizes(), f.R), q.like, at::kFloat);
+    p.z_out = q.want_z ? q.z.z.data_ptr<float>() : nullptr;
+    p.a = f.R ? a.list.data() : nullptr;
+  }
+  if (q.start) {
+    const int64_t bytes = *q.start * y.element_size();
+    p.add = static_cast<const char*>(rows.data) + bytes, p.ldadd = rows.ld;
+    p.y = static_cast<char*>(p.y) + bytes;
+    if (p.N < width) y.copy_(q.like);
+  }
+  if (!q.x.defined()) {
+    if (p.N) run_update(p);
+    return y;
+  }
+  p.K = rows.n, p.x = rows.data, p.ldx = rows.ld;
+  const auto w = q.w.stride(1) == 1 || q.w.stride(0) == 1 ? q.w : q.w.contiguous();
+  p.w = w.const_data_ptr();
+  p.w_along_k = w.stride(1) == 1;
+  p.ldw = w.stride(!p.w_along_k);
+  Tensor c, bias;
+  if (q.column_scale) {
+    c = q.column_scale->to(at::kFloat).contiguous();
+    q.u = make(y.sizes(), y, y.scalar_type());
+    p.c = c.data_ptr<float>(), p.u = q.u.mutable_data_ptr();
+  }
+  if (q.bias) bias = q.bias->contiguous(), p.bias = bias.const_data_ptr();
+  run(p, rows.tensor, w, y);
+  return y;
+}
+
+}  // namespace
+
+const Products products = {project, outer, product};
+
+Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
+  const auto mask = mask_of({p, seed}, x.size(-1));
+  if (x.scalar_type() == at::kDouble) {
+    const auto kept = dropout(at::ones(x.sizes(), x.options().dtype(at::kFloat)), p, seed);
+    return x.masked_fill(kept == 0, 0).mul_(mask.threshold ? 65536.0 / (65536 - std::min(mask.threshold, 65535u)) : 1.0);
+  }
+  auto y = make(x.sizes(), x, x.scalar_type());
+  if (x.numel() == 0) return y;
+  const Rows rows(x);
+  const auto kernel = cpu().table[type_of(y)]->dropout;
+  const int64_t size = x.element_size();
+  share(rows.M, 1, rows.M * rows.n * 8, [&](int64_t from, int64_t to) {
+    for (int64_t m = from; m < to; m++)
+      kernel(static_cast<const char*>(rows.data) + m * rows.ld * size,
+             static_cast<char*>(y.mutable_data_ptr()) + m * rows.n * size, rows.n, m * rows.n, mask);
+  });
+  return y;
 }
 
 }  // namespace fastlora::cpu

@@ -11,7 +11,8 @@ INLINE void store_transposed(const float* from, int64_t rank, int64_t columns, f
 
 // da's columns k0 .. k1: blocks of x become fp32 (and lose what dropout drops), then meet all rows of dz
 template <class T>
-void outer_columns(const Outer& p, int64_t k0, int64_t k1, Scratch s) {
+void outer(const Outer& p, int64_t k0, int64_t k1, char* scratch) {
+  Scratch s{scratch};
   constexpr int64_t depth = 8192 / kGroup;
   constexpr int MR = kTall / 3 * 2;
   int64_t padded = round_up(p.R, MR);

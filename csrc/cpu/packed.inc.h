@@ -74,10 +74,10 @@ void pack_group(const Gemm& p, int64_t n, int64_t columns, int64_t k, int64_t de
 }
 
 template <class T, class S>
-void any_rows(const Gemm& p, const Tile<S, S>& t, int64_t padded) {
-  if (padded == kTall) return run_tile<T, S, S, kTall, 2>(p, t);
-  if (padded == kTall / 3 * 2) return run_tile<T, S, S, kTall / 3 * 2, 2>(p, t);
-  return run_tile<T, S, S, kTall / 3, 2>(p, t);
+void any_rows(const Gemm& p, const Tile<S>& t, int64_t padded) {
+  if (padded == kTall) return run_tile<T, S, kTall, 2>(p, t);
+  if (padded == kTall / 3 * 2) return run_tile<T, S, kTall / 3 * 2, 2>(p, t);
+  return run_tile<T, S, kTall / 3, 2>(p, t);
 }
 
 template <class T>
@@ -118,10 +118,10 @@ struct Packed {
       for (int64_t c = 0; c < columns; c += kPanel) {
         float* sums = part + (m - m0) * kGroup + c;
         const auto* panel = (const typename S::W*)(w + c / kPanel * kPanelStride);
-        Tile<S, S> t = {x, kStride, panel, kPanel, (depth + P::per_step - 1) / P::per_step,
-                        first ? (const typename S::X*)(zg + (m - m0) * p.R) : nullptr, (const typename S::W*)(f + c * p.R),
-                        p.R, kPanel, (p.R + P::per_step - 1) / P::per_step, masked ? lane + c : nullptr,
-                        first ? nullptr : sums, last ? nullptr : sums, kGroup, m, rows, n + c, columns - c};
+        Tile<S> t = {x, kStride, panel, kPanel, (depth + P::per_step - 1) / P::per_step,
+                     first ? (const typename S::X*)(zg + (m - m0) * p.R) : nullptr, (const typename S::W*)(f + c * p.R),
+                     p.R, kPanel, (p.R + P::per_step - 1) / P::per_step, masked ? lane + c : nullptr,
+                     first ? nullptr : sums, last ? nullptr : sums, kGroup, m, rows, n + c, columns - c};
         any_rows<T>(p, t, padded);
       }
       m += rows;
@@ -141,7 +141,7 @@ void gemm_packed(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, 
   int64_t parts = (m1 - m0 + kRows - 1) / kRows, most_rows = round_up((m1 - m0 + parts - 1) / parts, kTall);
   for (int64_t m = m0; m < m1; m += most_rows) {
     int64_t rows = min(most_rows, m1 - m);
-    gated_rows(p, m, rows, rows + kTall, packed.zg);
+    gated_rows(p, p.z + m * p.R, m, rows, rows + kTall, p.R, packed.zg);
     Packing<T>::pair_columns(packed.zg, rows + kTall, p.R);
     for (int64_t n = n0; n < n1; n += group) {
       int64_t columns = min(group, n1 - n), k = 0;

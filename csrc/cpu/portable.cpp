@@ -1,5 +1,4 @@
 // Any compiler target, four lanes.
-#include "cpu.h"
+#define TABLE portable
 #define VL 4
 #include "table.inc.h"
-const fastlora::cpu::Kernels* fastlora::cpu::portable() { return &table; }

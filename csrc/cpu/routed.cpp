@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../dispatch.h"
 #include "../ops.h"
 #include "adapters.h"
 
@@ -63,7 +62,7 @@ void spread(const Adapters& c, const Part& p, const float* zg, bool back, const 
   }
   const auto N = y.size(-1);
   for (int64_t i = 0; i < c.k; i++)
-    cpu().table[c.type]->spread({c.type, p.stop - p.start, c.order + p.start, zg + i * p.s->R, c.k * p.s->R, c.gates, c.offsets,
+    cpu().table[c.type]->spread({p.stop - p.start, c.order + p.start, zg + i * p.s->R, c.k * p.s->R, c.gates, c.offsets,
                                  static_cast<int>(list.size()), list.data(), y.mutable_data_ptr(), N,
                                  bias.defined() ? bias.const_data_ptr() : nullptr},
                                 c.k == 1 ? 0 : c.bounds[i], c.k == 1 ? N : c.bounds[i + 1]);
@@ -112,7 +111,7 @@ Tensor base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
 // of one of our kernels' types, pages included
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorList pages) {
   const auto plain = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type() && t.is_contiguous(); };
-  return x.is_cpu() && takes(x, lora_A) && takes(x, lora_B) && (pages.empty() || (plain(pages[0]) && plain(pages[1])));
+  return takes(x, lora_A) && takes(x, lora_B) && (pages.empty() || (plain(pages[0]) && plain(pages[1])));
 }
 
 RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {

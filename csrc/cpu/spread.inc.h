@@ -53,7 +53,7 @@ void spread_rows(const Spread& p, int64_t n, int64_t columns) {
   for (; m < p.M; m++) spread_tile<T, 1, NV, WHOLE>(p, m, n, columns);
 }
 template <class T>
-void spread_columns(const Spread& p, int64_t n0, int64_t n1) {
+void spread(const Spread& p, int64_t n0, int64_t n1) {
   constexpr int NV = VL == 16 ? 4 : 2;
   int64_t n = n0;
   for (; n + NV * VL <= n1; n += NV * VL) spread_rows<T, NV, true>(p, n, NV * VL);

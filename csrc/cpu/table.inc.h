@@ -1,5 +1,6 @@
-// What each instruction-set file compiles, in an unnamed namespace of its own. Last the table's functions: the type chosen
-// at run time becomes the template's.
+// What each instruction-set file compiles, in an unnamed namespace of its own, and the table's functions.
+#include "cpu.h"
+
 namespace fastlora::cpu {
 namespace {
 #include "vector.inc.h"
@@ -14,7 +15,8 @@ namespace {
 #include "spread.inc.h"
 
 template <class T>
-void gemm_of(const Gemm& p, Form form, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Scratch s) {
+void gemm(const Gemm& p, Form form, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
+  const Scratch s{scratch};
   if (form == kDot) return gemm_dot<T>(p, m0, m1, n0, n1, s);
 #ifdef DOT_BF16
   if (form == kTiles) return gemm_tiles(p, m0, m1, n0, n1, s);
@@ -26,21 +28,9 @@ void gemm_of(const Gemm& p, Form form, int64_t m0, int64_t m1, int64_t n0, int64
   }
   if (n0 < n1) gemm_packed<T>(p, m0, m1, n0, n1, s);
 }
-// Forwards to f(T*) for the type; bfloat16's own file has no other.
-template <class F>
-INLINE void by_type(Type type, const F& f) {
-  if (type == kBFloat16) return f((bf16*)nullptr);
-#ifndef DOT_BF16
-  if (type == kFloat) return f((float*)nullptr);
-  f((f16*)nullptr);
-#endif
-}
-
-void gemm(const Gemm& p, Form form, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
-  by_type(p.type, [&]<class T>(T*) { gemm_of<T>(p, form, m0, m1, n0, n1, {scratch}); });
-}
 template <class T>
-void shrink_of(const Shrink& p, int64_t m0, int64_t m1, Scratch s) {
+void shrink(const Shrink& p, int64_t m0, int64_t m1, char* scratch) {
+  Scratch s{scratch};
   const int64_t block = p.tiles ? kTileBlock : 16;
   int64_t ld = round_up(p.K, 32) + 32;
   T* kept_x = s.take<T>(p.mask.threshold ? block * ld : 0);
@@ -63,18 +53,16 @@ void shrink_of(const Shrink& p, int64_t m0, int64_t m1, Scratch s) {
     run(masked ? kept_x : x, masked ? ld : p.ldx, rows, p.K, p.adapters, a, p.z + m * p.R, p.R, masked ? p.mask.scale : 1, s);
   }
 }
-void shrink(const Shrink& p, int64_t m0, int64_t m1, char* scratch) {
-  by_type(p.type, [&]<class T>(T*) { shrink_of<T>(p, m0, m1, {scratch}); });
+template <class T>
+void dropout(const void* x, void* y, int64_t n, int64_t i, const Mask& mask) {
+  keep_row((const T*)x, (T*)y, n, i, mask, mask.scale);
 }
-void outer(const Outer& p, int64_t k0, int64_t k1, char* scratch) {
-  by_type(p.type, [&]<class T>(T*) { outer_columns<T>(p, k0, k1, {scratch}); });
-}
-void spread(const Spread& p, int64_t n0, int64_t n1) {
-  by_type(p.type, [&]<class T>(T*) { spread_columns<T>(p, n0, n1); });
-}
-void dropout(Type type, const void* x, void* y, int64_t n, int64_t i, const Mask& mask) {
-  by_type(type, [&]<class T>(T*) { keep_row((const T*)x, (T*)y, n, i, mask, mask.scale); });
-}
-constexpr Kernels table = {gemm, shrink, outer, spread, dropout, kPanel};
+template <class T>
+constexpr Kernels kernels = {gemm<T>, shrink<T>, outer<T>, spread<T>, dropout<T>, kPanel};
 }  // namespace
+#ifdef DOT_BF16
+const Kernels TABLE[] = {{}, kernels<bf16>, {}};
+#else
+const Kernels TABLE[] = {kernels<float>, kernels<bf16>, kernels<f16>};
+#endif
 }  // namespace fastlora::cpu

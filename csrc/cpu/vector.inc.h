@@ -7,8 +7,6 @@ typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 typedef uint16_t vw __attribute__((vector_size(VL * 4)));
 typedef uint64_t vq __attribute__((vector_size(VL * 4)));
 typedef float v4 __attribute__((vector_size(16)));
-typedef uint32_t u4 __attribute__((vector_size(16)));
-typedef uint16_t h4 __attribute__((vector_size(8)));
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -147,16 +145,12 @@ INLINE auto half(V v, Seq<I...>) {
 // the sum of v's 128-bit lanes
 template <class V>
 INLINE v4 fold(V v) {
-  constexpr int n = sizeof(V) / sizeof(float);
-  typename Count<4>::type four;
-  if constexpr (n == 16) {
-    typename Count<8>::type eight;
-    auto u = half<0>(v, eight) + half<8>(v, eight);
-    return half<0>(u, four) + half<4>(u, four);
-  } else if constexpr (n == 8) {
-    return half<0>(v, four) + half<4>(v, four);
+  constexpr int n = sizeof(V) / sizeof(float) / 2;
+  if constexpr (n == 2) {
+    return v;
   } else {
-    return half<0>(v, four);
+    typename Count<n>::type lanes;
+    return fold(half<0>(v, lanes) + half<n>(v, lanes));
   }
 }
 // the sums of four vectors, in order

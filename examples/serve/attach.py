@@ -24,7 +24,7 @@ class Routed(Chooser):
 
     def forward(self, x):
         batch = selection(self.owner)[0]
-        if (batch != () or self._chose is not None) and not torch.compiler.is_compiling():
+        if batch != () or self._chose is not None:
             self._note_run()
         if batch == () or batch.base_only:
             return super().forward(x)

@@ -23,7 +23,6 @@ class Trained:
             out, inner = weight.shape
             adapter.attach_factors(((r, inner), (out, r)), r, lora_alpha, torch.float32, weight.device)
             kind_of(layer).init_adapter(layer, adapter.lora_A, adapter.lora_B)
-            adapter.set_scale(1.0)
             self.adapters[name], self.transposed[name] = adapter, weight is not layer.weight
 
     def parameters(self):

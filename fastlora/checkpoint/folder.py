@@ -82,16 +82,13 @@ def _warn_of_convolutions(layers):
         warnings.warn(f"fastlora: {', '.join(names[:3])}: {said}", stacklevel=3)
 
 
-def _one(layer):
-    """A layer whose rank, lora_alpha and dropout are this layer's: an attention layer's first projection."""
-    return next(iter(layer.projections().values())) if layer.kind == "attention" else layer
-
-
 def _config(model, layers, written, bias):
+    # an attention layer's rank, lora_alpha and dropout are those of its first projection
+    ones = {n: next(iter(m.projections().values())) if m.kind == "attention" else m for n, m in layers.items()}
     ranks = {}
-    for name, layer in layers.items():
-        r, own = len(next(iter(written[name].values()))), _one(layer)
-        ranks[name] = r, own.lora_alpha if r == own.r else _whole(own.lora_alpha * r / own.r)
+    for name, one in ones.items():
+        r = len(next(iter(written[name].values())))
+        ranks[name] = r, one.lora_alpha if r == one.r else _whole(one.lora_alpha * r / one.r)
     r, lora_alpha = collections.Counter(ranks.values()).most_common(1)[0][0]
     # a pattern's key is the end of a name
     keys = {name: f"^{name}" if any(n.endswith(f".{name}") for n in layers) else name for name in layers}
@@ -106,7 +103,7 @@ def _config(model, layers, written, bias):
         "inference_mode": True,
         "r": r,
         "lora_alpha": lora_alpha,
-        "lora_dropout": max(getattr(_one(layer).lora_dropout, "p", 0.0) for layer in layers.values()),
+        "lora_dropout": max(getattr(one.lora_dropout, "p", 0.0) for one in ones.values()),
         "target_modules": sorted(ends if meant == set(layers) else layers),
         "rank_pattern": {keys[name]: rank for name, (rank, _) in ranks.items() if rank != r},
         "alpha_pattern": {keys[name]: alpha for name, (_, alpha) in ranks.items() if alpha != lora_alpha},
@@ -178,20 +175,17 @@ def open_adapter(source, dora=False, unsafe=False):
         return {}, source
     folder = pathlib.Path(source)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    _check_config({key: value for key, value in config.items() if not (dora and key == "use_dora")})
-    pickled = folder / "adapter_model.bin"
-    if unsafe and pickled.exists():
-        return config, torch.load(pickled, map_location="cpu", weights_only=True)
-    return config, load_file(folder / "adapter_model.safetensors")
-
-
-def _check_config(config):
     check.value(config.get("peft_type") == "LORA", "peft_type", repr(config.get("peft_type")), "'LORA'")
-    extra = sorted(key for key, value in config.items() if value and key not in _UNDERSTOOD)
+    understood = _UNDERSTOOD | {"use_dora"} if dora else _UNDERSTOOD
+    extra = sorted(key for key, value in config.items() if value and key not in understood)
     got = ", ".join(f"{key} = {config[key]!r}" for key in extra)
     check.value(not extra, "adapter_config.json", got, "plain LoRA")
     start = config.get("init_lora_weights", True)
     check.value(start in _INITIALISATIONS, "init_lora_weights", repr(start), "one that leaves the base's weights alone")
+    pickled = folder / "adapter_model.bin"
+    if unsafe and pickled.exists():
+        return config, torch.load(pickled, map_location="cpu", weights_only=True)
+    return config, load_file(folder / "adapter_model.safetensors")
 
 
 # one adapter of a file, as this library's layer `path` or a projection of it takes it

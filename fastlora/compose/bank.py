@@ -1,11 +1,7 @@
-"""Layers that run a composition of their adapters: one for all rows, or one for each of several candidates.
+"""Layers that run a composition of their adapters: one for all rows, or one for each of P candidates.
 
-With weights w (P, N) of N adapters, lora_A a_i (r, in) and lora_B b_i (out, r), each of the largest rank, zero beyond
-its own, and its lora_alpha / r in b_i:
-
-    lorahub   ΔW_p = (Σ w_pi b_i) (Σ w_pi a_i)        sum   ΔW_p = Σ w_pi b_i a_i: a bank, the weights being its gates
-
-Row j of a batch of P · n rows runs ΔW of candidate j // n.
+The formulas are `search`'s; each adapter has the largest rank, with zeros beyond its own, and its lora_alpha / r in
+lora_B. In the mode "sum" the weights are a bank's gates. Row j of P · n rows runs candidate j // n.
 """
 
 import contextlib
@@ -16,9 +12,8 @@ import torch.nn.functional as F
 
 from fastlora.experts import open_experts
 from fastlora.model import make_plain
-from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.bank import Bank, escape
-from fastlora.nn.switch import selected, selection
+from fastlora.nn.switch import is_off, selected, selection
 from fastlora.ops import check
 
 MODES = ("lorahub", "sum")
@@ -80,7 +75,7 @@ class Composed(Bank):
 
     def forward(self, x, *args, **kwargs):
         weights, rows = selection(self.owner)[1], self.owner.rows
-        if weights is None or self.is_off() or not self.r:
+        if weights is None or is_off(self) or not self.r:
             return self.run(None, x, *args, **kwargs)
         if len(weights) == 1 or self.kind not in ("linear", "projection"):
             return self.run(self.adapters(), x, *args, **kwargs)
@@ -94,13 +89,6 @@ class Composed(Bank):
         # base is this call's own tensor
         base.view(len(A), -1, base.shape[-1]).baddbmm_(z, B.mT)
         return base
-
-
-class ComposedProjection(Composed, ProjectionLoRA):
-    """A projection of an attention layer."""
-
-
-Composed.projection = ComposedProjection
 
 
 def named(adapters):

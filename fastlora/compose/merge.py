@@ -39,11 +39,18 @@ def compose(adapters, weights, mode="lorahub", scale=1.0, **options):
     dense = mode.removesuffix("_svd") not in _NEEDS_DENSITY or options.get("density") is not None
     check.value(dense, "density", None, f"a number from 0 to 1 in the mode {mode!r}")
     weights = numbers(weights, adapters)
-    layers = _by_layer({name: _read(name, source) for name, source in adapters.items()})
     made = {}
-    for held in layers.values():
-        A, B = _combined(mode, list(held.values()), [weights[name] for name in held], options)
-        made.update(zip(next(iter(held.values())).keys, (A, B / scale), strict=True))
+    for held in _by_layer({name: _read(name, source) for name, source in adapters.items()}).values():
+        pairs, own = list(held.values()), [weights[name] for name in held]
+        scaled = [(pair.A, pair.B * pair.scaling) for pair in pairs]
+        if mode in PEFT_MODES:
+            A, B = _by_peft(mode, pairs, own, options)
+        elif mode == "sum":
+            weighted = [(A, weight * B) for weight, (A, B) in zip(own, scaled, strict=True)]
+            A, B = (torch.cat(each, dim) for dim, each in enumerate(zip(*weighted, strict=True)))
+        else:
+            A, B = (sum(w * t for w, t in zip(own, each, strict=True)) for each in stacked(scaled))
+        made.update(zip(pairs[0].keys, (A, B / scale), strict=True))
     return made
 
 
@@ -92,17 +99,6 @@ def _by_layer(read):
                         f"{first.shape()}, as the others")  # fmt: skip
             held[name] = pair
     return layers
-
-
-def _combined(mode, pairs, weights, options):
-    """lora_A and lora_B of one layer."""
-    if mode in PEFT_MODES:
-        return _by_peft(mode, pairs, weights, options)
-    scaled = [(pair.A, pair.B * pair.scaling) for pair in pairs]
-    if mode == "sum":
-        weighted = [(A, weight * B) for weight, (A, B) in zip(weights, scaled, strict=True)]
-        return [torch.cat(each, dim) for dim, each in enumerate(zip(*weighted, strict=True))]
-    return [sum(w * t for w, t in zip(weights, each, strict=True)) for each in stacked(scaled)]
 
 
 def _by_peft(mode, pairs, weights, options):

@@ -1,1 +1,1 @@
-"""Other libraries' types; each file is imported only where its library is in use."""
+"""Other libraries' names for what this one has."""

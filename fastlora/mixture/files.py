@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -119,8 +120,6 @@ def read_classifier(directory, classifier, peft, from_safetensors):
 
 def write_log(log, path):
     """`path`.npy, or a file for each shape and `path`-mapping.json, which says where in the log its tensors stood."""
-    import numpy
-
     mapping = {}
     for i, scalings in enumerate(log):
         mapping.setdefault(f"{path}-{scalings.shape[1]}-{scalings.shape[0]}.npy", []).append(i)
@@ -134,8 +133,6 @@ def write_log(log, path):
 
 def load_scalings_log(path, verbose=False):
     """The log that `flush_log_scalings(path)` has written: a list of (batch, tokens, layers, n)."""
-    import numpy
-
     mapping = pathlib.Path(f"{path}-mapping.json")
     files = json.loads(mapping.read_text()) if mapping.exists() else {f"{str(path).removesuffix('.npy')}.npy": None}
     log = {}

@@ -122,8 +122,7 @@ class xLoRAModel(Wrapper):
     def predict(self, hidden, attention_mask, input_ids):
         """The gates of one forward, kept and shown as asked."""
         scalings = self.xlora_classifier(hidden, attention_mask, input_ids)
-        shown = scalings.expand(*scalings.shape[:-2], len(self.experts), -1)
-        self.latest_scalings = shown
+        self.latest_scalings = shown = scalings.expand(*scalings.shape[:-2], len(self.experts), -1)
         if self.prints > 0:
             print(f"Scaling predictions: {shown}")
             self.prints -= 1

@@ -1,8 +1,7 @@
 """A transformer whose layers are gated: it runs once for the classifier, then with the gates.
 
-The scaling pass's keys and values are in the cache of the model's own: its layers stand behind the model's in the
-cache's one list of layers, so what reorders, crops, repeats, resets or copies the cache does so to both.
-`scaling_start` is where they begin, `scaling_mark` whose they are.
+The scaling pass's keys and values stand behind the model's own in the one list of layers of its cache, so what is done
+to the cache is done to both: from `scaling_start` on; `scaling_mark` says whose they are.
 """
 
 import copy
@@ -15,14 +14,8 @@ import torch
 from fastlora.nn.switch import selected, switch
 from fastlora.ops import check
 
-
-class _Running(threading.local):
-    def __init__(self):
-        # (stack, the selection before, the scaling pass's cache) of the stacks whose forward this thread is in
-        self.runs = ()
-
-
-_running = _Running()
+# `runs`: (stack, the selection before, the scaling pass's cache) of the stacks whose forward this thread is in
+_running = threading.local()
 
 
 def stacks_of(model):
@@ -61,20 +54,27 @@ class Stack:
             args, kwargs = (), {**dict(zip(self.names, args, strict=False)), **kwargs}
             gates, half = self._gates(module, kwargs)
             switch.tasks = ((self.mixture.owner, self.mixture.keys, gates), *before)
-        _running.runs = (*_running.runs, (self, before, half))
+        _running.runs = (*getattr(_running, "runs", ()), (self, before, half))
         return args, kwargs
 
     @torch.compiler.disable(recursive=False)
     def leave(self, module, args, output):
+        runs = getattr(_running, "runs", ())
         # `enter` or another hook may have raised before
-        if not _running.runs or _running.runs[-1][0] is not self:
+        if not runs or runs[-1][0] is not self:
             return
-        _, switch.tasks, half = _running.runs[-1]
-        _running.runs = _running.runs[:-1]
-        if half is not None and output is not None:
-            cache = find_cache(output if isinstance(output, tuple) else output.values())
-            if cache is not None:
-                _join(cache, half, self.mixture.scaling_mark())
+        _running.runs, (_, switch.tasks, half) = runs[:-1], runs[-1]
+        if half is None or output is None:
+            return
+        cache = find_cache(output if isinstance(output, tuple) else output.values())
+        if cache is None:
+            return
+        # what the scaling pass has made goes behind what the model has made
+        for part, own in zip(_parts(cache), _parts(half), strict=True):
+            if not hasattr(part, "scaling_start"):
+                part.scaling_start = len(part.layers)
+                part.layers.extend(own.layers)
+            part.scaling_mark = self.mixture.scaling_mark()
 
     def _gates(self, module, kwargs):
         """(the gates of this forward, the cache of its scaling pass or None)"""
@@ -93,19 +93,14 @@ class Stack:
         with torch.no_grad(), selected(mixture.owner, *mixture.scaling_pass()):
             output = module.forward(**own)
         if fixed is None:
-            mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-            fixed = self._with_cross(mixture.predict(output.last_hidden_state, mask, ids), kwargs, cache)
+            fixed = mixture.predict(output.last_hidden_state, kwargs.get("attention_mask"), kwargs.get("input_ids"))
+            states = kwargs.get("encoder_hidden_states")
+            # once the cache holds their keys and values, the layers that read the encoder's states run no more
+            if self.cross and states is not None and not any(getattr(cache, "is_updated", {}).values()):
+                each = fixed, mixture.gates_of(mixture.xlora_classifier(states))
+                ours, theirs = ([g] * len(mixture.experts) if isinstance(g, torch.Tensor) else g for g in each)
+                fixed = tuple(theirs[i] if i in self.cross else g for i, g in enumerate(ours))
         return fixed, find_cache(output.values()) if half is None else half
-
-    def _with_cross(self, gates, kwargs, cache):
-        """`gates`, those of the layers that read the encoder's states being predicted from these."""
-        mixture, states = self.mixture, kwargs.get("encoder_hidden_states")
-        # once the cache holds their keys and values, these layers run no more
-        if not self.cross or states is None or any(getattr(cache, "is_updated", {}).values()):
-            return gates
-        theirs = mixture.gates_of(mixture.xlora_classifier(states))
-        own, theirs = ([g] * len(mixture.experts) if isinstance(g, torch.Tensor) else list(g) for g in (gates, theirs))
-        return tuple(theirs[i] if i in self.cross else g for i, g in enumerate(own))
 
 
 def find_cache(values):
@@ -136,12 +131,3 @@ def _scaling_half(cache, mark):
     check.value(fits, "past_key_values", f"a cache of {length} tokens with {made}",
                 f"an empty one, or one that this mixture has filled: {mark}")  # fmt: skip
     return half
-
-
-def _join(cache, half, mark):
-    """Put what the scaling pass has made behind what the model has made."""
-    for part, own in zip(_parts(cache), _parts(half), strict=True):
-        if not hasattr(part, "scaling_start"):
-            part.scaling_start = len(part.layers)
-            part.layers.extend(own.layers)
-        part.scaling_mark = mark

@@ -20,7 +20,6 @@ class ProjectionLoRA(LinearLoRA, nn.Module):
 
     kind = "projection"
     stacks = True
-    lora_base = None
 
     def __init__(self, in_features, out_features):
         super().__init__()

@@ -8,7 +8,7 @@ import re
 import torch
 from torch import nn
 
-from fastlora.nn.attention import ProjectionLoRA
+from fastlora.nn.convert import check_convertible, convert
 from fastlora.nn.layer import Adapter, LoRALayer
 from fastlora.nn.switch import Stacked, cannot_know, checkpoint_context, is_off, is_recompute, selection, switch
 from fastlora.ops import check
@@ -52,8 +52,8 @@ class Chooser:
 
     def _note_run(self):
         """A recompute that nothing carried the tasks to must be the only selection there was, or it could differ."""
-        if not self.training and not torch.is_grad_enabled():
-            # no backward will follow
+        # in eval mode without gradients no backward will follow
+        if torch.compiler.is_compiling() or not self.training and not torch.is_grad_enabled():
             return
         keys, gates = selection(self.owner)
         ran = self._chose
@@ -81,12 +81,6 @@ class Bank(Chooser):
     place = None
     # what `_restack` made
     _stack = None
-
-    def open(self, owner, lora_dropout=0.0):
-        self.owner, self.tasks = owner, nn.ModuleDict()
-        self.lora_dropout = nn.Dropout(lora_dropout).train(self.training)
-        if self.kind == "conv":
-            self.form = "tasks"
 
     def chosen(self):
         """(keys, gates) in force here; a mixture's bank takes its own of the gates, of the adapters that it has."""
@@ -158,34 +152,40 @@ class Bank(Chooser):
 
         # out of inference mode, as a merged copy
         with torch.inference_mode(False), torch.no_grad():
-            return holds, *self._in_one_piece(tasks)
-
-    def _in_one_piece(self, tasks):
-        A, B = torch.cat([t.lora_A for t in tasks]), torch.cat([t.lora_B for t in tasks], 1)
-        if A.dtype == torch.float32 and self.kind == "linear" and self.weight.dtype in (torch.bfloat16, torch.float16):
-            A, B = A.to(self.weight.dtype), B.to(self.weight.dtype)
-        stacked = Stacked((A,))
-        stacked.ranks = [t.r for t in tasks]
-        return stacked, (B,), torch.stack([t.scaling for t in tasks])
+            A, B = torch.cat([t.lora_A for t in tasks]), torch.cat([t.lora_B for t in tasks], 1)
+            half = self.weight.dtype if self.kind == "linear" else None
+            if A.dtype == torch.float32 and half in (torch.bfloat16, torch.float16):
+                A, B = A.to(half), B.to(half)
+            stacked = Stacked((A,))
+            stacked.ranks = [t.r for t in tasks]
+            return holds, stacked, (B,), torch.stack(scales)
 
     def refresh(self):
         super().refresh()
         self._stack = None
 
     def forward(self, *args, **kwargs):
-        if not torch.compiler.is_compiling():
-            self._note_run()
+        self._note_run()
         chosen = self.chosen()
-        none = self.is_off() or not chosen[0]
+        none = is_off(self) or not chosen[0]
         return self.run(None if none else self.in_force(*chosen), *args, **kwargs)
 
 
-class TaskProjection(Bank, ProjectionLoRA):
-    """A projection of an attention layer with named tasks."""
+def open_banks(model, names, owner, lora_dropout, bank=Bank):
+    """Make these layers of a plain model, in place, banks without adapters; returns {name: bank}, in the model's order.
 
-
-# what an attention layer's projections become when it is converted with this mixin
-Bank.projection = TaskProjection
+    `bank` is the mixin. Raises ValueError, before anything changes, for a layer that cannot have adapters.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        check_convertible(name, modules, None)
+    for name in names:
+        convert(modules[name], bank)
+    banks = {name: module for name, module in model.named_modules() if isinstance(module, Bank)}
+    for layer in banks.values():
+        layer.owner, layer.tasks = owner, nn.ModuleDict()
+        layer.lora_dropout = nn.Dropout(lora_dropout).train(layer.training)
+    return banks
 
 
 class Around(nn.Module):
@@ -249,19 +249,17 @@ class Wrapped(Chooser, Around):
         return {}
 
     def forward(self, *args, **kwargs):
-        if not torch.compiler.is_compiling():
-            self._note_run()
+        self._note_run()
         keys, gates = selection(self.owner)
-        if bool(switch.apart or self._ran) and is_off(self) or not keys:
+        if is_off(self) or not keys:
             return self.module(*args, **kwargs)
         tasks = pick(self.tasks, keys)
         if len(tasks) == 1 and gates is None:
             return tasks[0](*args, **kwargs)
         base = self.module(*args, **kwargs)
         y = base
-        for e, task in enumerate(tasks):
-            gate = 1 if gates is None else gates[..., e].to(base.device)
-            if gates is not None and gates.dim() > 1:
-                gate = gate.view(-1, *(1 for _ in base.shape[1:]))
+        gates = base.new_ones(len(tasks)) if gates is None else gates.to(base.device)
+        for gate, task in zip(gates.unbind(-1), tasks, strict=True):
+            gate = gate.view(-1, *(1 for _ in base.shape[1:])) if gate.dim() else gate
             y = y + gate * (task(*args, **kwargs) - base)
         return y

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.nn.layer import LoRALayer, check_adapter
+from fastlora.nn.layer import LoRALayer
 from fastlora.nn.switch import match_rows, rank_list
 from fastlora.ops import check
 from fastlora.ops.expand import lora_expand_op
@@ -118,7 +118,6 @@ class ConvLoRA(LoRALayer):
 class _Convolution(ConvLoRA):
     def __init__(self, in_channels, out_channels, kernel_size, r=0, lora_alpha=1, lora_dropout=0.0,
                  merge_weights=True, form="loralib", **kwargs):  # fmt: skip
-        check_adapter(r, lora_alpha, lora_dropout)
         check.value(form in FORMS, "form", repr(form), f"one of {', '.join(FORMS)}")
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)
         self.form = form
@@ -150,9 +149,8 @@ class Conv2d(_Convolution, nn.Conv2d):
 class Conv3d(_Convolution, nn.Conv3d):
     """loralib's Conv3d, for any kernel: as Conv1d, with x (N, in, D, H, W) or (in, D, H, W).
 
-    `form` "loralib": lora_A (r·k, in·l·m), lora_B (out / groups · k, r·k), where loralib's own shapes fail for k > 1.
-    "peft": lora_A (r, in, k, l, m), lora_B (out, r / groups, 1, 1, 1). "tasks": lora_A (k, l, m, r, in / groups),
-    lora_B (k, l, m, out, r).
+    loralib's shapes fail for k > 1; `form` "loralib": lora_A (r·k, in·l·m), lora_B (out / groups · k, r·k). "peft":
+    lora_A (r, in, k, l, m), lora_B (out, r / groups, 1, 1, 1). "tasks": (k, l, m, r, in / groups), (k, l, m, out, r).
     """
 
     lora_base = nn.Conv3d

@@ -3,7 +3,6 @@
 So hooks, device maps, ties and the base's names in a state dict stay as well.
 """
 
-import importlib
 import sys
 import types
 
@@ -31,7 +30,7 @@ _transposed = set()
 # what an adapter adds to a module, and takes away again
 _OWN = ("r", "lora_alpha", "lora_dropout", "lora_A", "lora_B", "scaling", "rank", "frozen", "_factor", "fan_in_fan_out",
         "merged", "merge_weights", "enable_lora", "form", "tasks", "owner", "place", "_merged_copy",
-        "_ran", "_chose", "_stack")  # fmt: skip
+        "_ran", "_chose", "_stack", *(f"lora_{name}" for name in PROJECTIONS))  # fmt: skip
 
 
 def register_linear(cls, fan_in_fan_out=False):
@@ -43,9 +42,9 @@ def register_linear(cls, fan_in_fan_out=False):
 
 def kind_of(module):
     """The kind of LoRA layer that a module becomes; None for one that cannot have an adapter."""
-    if "transformers.pytorch_utils" in sys.modules:
-        # which defines a type of linear layer: ours registers it
-        importlib.import_module("fastlora.integrations.transformers")
+    if (theirs := sys.modules.get("transformers.pytorch_utils")) and hasattr(theirs, "Conv1D"):
+        # GPT-2's linear layer, known once another program has imported it
+        register_linear(theirs.Conv1D, fan_in_fan_out=True)
     kind = _kinds.get(getattr(type(module), "lora_base", type(module)))
     if kind is DenseLoRA:
         weight = module._parameters.get("weight")
@@ -112,24 +111,19 @@ def convert(module, *mixins):
     base, kind = type(module), kind_of(module)
     if kind is AttentionLoRA:
         change_class(module, lora_class(base, AttentionLoRA))
-        module.add_projections(PROJECTIONS, mixins[0].projection if mixins else ProjectionLoRA)
-        return
-    change_class(module, lora_class(base, *mixins, kind))
+        module.add_projections(PROJECTIONS, lora_class(ProjectionLoRA, *mixins) if mixins else ProjectionLoRA)
+    else:
+        change_class(module, lora_class(base, *mixins, kind))
     if base in _transposed:
         module.fan_in_fan_out = True
 
 
 def restore(module, merged):
     """Make a LoRA layer its base again, with W + ΔW as a new weight if `merged`."""
-    base = type(module).lora_base
-    if isinstance(module, AttentionLoRA):
-        if merged:
-            module.merge_projections()
-        for name in module.projections():
-            del module._modules[f"lora_{name}"]
-        change_class(module, base)
-        return
-    changed, turned = merged and module.r, module.fan_in_fan_out
+    base, attention = type(module).lora_base, isinstance(module, AttentionLoRA)
+    if attention and merged:
+        module.merge_projections()
+    changed, turned = not attention and merged and module.r, getattr(module, "fan_in_fan_out", False)
     if changed or turned and base is nn.Linear:
         weight = module.merged_weight() if changed else module.base_weight().detach()
         weight = weight.t() if turned and base is not nn.Linear else weight

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.nn.layer import LoRALayer, check_adapter
+from fastlora.nn.layer import LoRALayer
 from fastlora.nn.switch import match_rows, rank_list
 from fastlora.ops import check
 from fastlora.ops.dropout import draw_seed, lora_dropout_op
@@ -62,12 +62,10 @@ class Embedding(EmbeddingLoRA, nn.Embedding):
 
     def __init__(self, num_embeddings, embedding_dim, r=0, lora_alpha=1, merge_weights=True, lora_dropout=0.0,
                  **kwargs):  # fmt: skip
-        check_adapter(r, lora_alpha, lora_dropout)
         super().__init__(num_embeddings, embedding_dim, **kwargs)
-        weight, given = self.weight.data, kwargs.get("_weight") is not None
-        if given:
+        weight = self.weight.data
+        if kwargs.get("_weight") is not None:
             # from_pretrained's tensor, over which loralib draws anew
             self.weight.data = torch.empty_like(weight)
         self.adapt(r, lora_alpha, lora_dropout, merge_weights)
-        if given:
-            self.weight.data = weight
+        self.weight.data = weight

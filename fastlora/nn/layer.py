@@ -18,13 +18,11 @@ def identity(x):
 
 
 def check_adapter(r, lora_alpha, lora_dropout, least=0):
-    def finite(number):
-        return isinstance(number, (int, float)) and math.isfinite(number)
-
     whole = isinstance(r, int) and not isinstance(r, bool) and r >= least
     check.value(whole, "r", repr(r), f"an integer of at least {least}")
-    check.value(finite(lora_alpha), "lora_alpha", repr(lora_alpha), "a finite number")
-    share = finite(lora_dropout) and 0 <= lora_dropout <= 1
+    finite = isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha)
+    check.value(finite, "lora_alpha", repr(lora_alpha), "a finite number")
+    share = isinstance(lora_dropout, (int, float)) and 0 <= lora_dropout <= 1
     check.value(share, "lora_dropout", repr(lora_dropout), "a number from 0 to 1")
 
 
@@ -45,11 +43,12 @@ class Adapter:
     _factor = 1.0
 
     def attach_factors(self, shapes, r, lora_alpha, dtype, device):
-        """Give this module lora_A and lora_B of these shapes, not yet initialised; none at r = 0."""
+        """Give this module lora_A and lora_B of these shapes, not yet initialised, and its scale; none at r = 0."""
         self.r, self.lora_alpha = r, lora_alpha
         if r:
             self.lora_A, self.lora_B = (nn.Parameter(torch.empty(s, dtype=dtype, device=device)) for s in shapes)
-            self.scaling = torch.empty((), dtype=torch.float32, device="cpu" if device.type == "meta" else device)
+            device = "cpu" if device.type == "meta" else device
+            self.scaling = torch.tensor(lora_alpha / r, dtype=torch.float32, device=device)
 
     def set_scale(self, scale):
         """Scale the update by scale · lora_alpha / rank, in place: compiled code and captured graphs see it."""
@@ -96,6 +95,7 @@ class LoRALayer(Adapter):
 
     def adapt(self, r, lora_alpha, lora_dropout, merge_weights):
         """The end of a constructor in loralib's manner: an adapter beside a frozen weight."""
+        check_adapter(r, lora_alpha, lora_dropout)
         self.merge_weights = merge_weights
         self.attach(r, lora_alpha, lora_dropout, self.weight.dtype, self.weight.device)
         if self.r:
@@ -211,9 +211,6 @@ class LoRALayer(Adapter):
                 return self.plain(x, weight)
         return self.adapted(x, *self.adapters())
 
-    def is_off(self):
-        return bool(switch.apart or self._ran or self.rank) and is_off(self)
-
     def run(self, adapters, x):
         return self.plain(x, self.base_weight()) if adapters is None else self.adapted(x, *adapters)
 
@@ -236,7 +233,7 @@ class LoRALayer(Adapter):
 
     def lone_weight(self):
         """The weight that alone gives this call's y, or None where the adapter has to run."""
-        if not self.r or self.is_off():
+        if not self.r or is_off(self):
             return self.base_weight()
         if not self.merged or id(self) in switch.row_ranks:
             return None
@@ -250,9 +247,6 @@ class LoRALayer(Adapter):
         for parameter in trained:
             if parameter.grad is not None:
                 return None
-        return self._current_copy()
-
-    def _current_copy(self):
         get, copy = self._parameters.get, self._merged_copy
         sources = get("weight"), get("lora_A"), get("lora_B"), self.scaling
         if copy and all(map(operator.is_, sources, copy[1])) and copy[2] == [*map(_stamp, sources)]:

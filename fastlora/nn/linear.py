@@ -8,8 +8,8 @@ from torch import nn
 
 from fastlora.nn.fastpath import watch_registrations
 from fastlora.nn.layer import Adapter, LoRALayer, check_adapter, identity
-from fastlora.nn.switch import match_rows, rank_list, switch
-from fastlora.ops import check, lora_expand, lora_linear, lora_shrink
+from fastlora.nn.switch import is_off, match_rows, rank_list, switch
+from fastlora.ops import check, lora_expand, lora_shrink
 from fastlora.ops.dropout import draw_seed
 from fastlora.ops.linear import lora_linear_op
 
@@ -29,7 +29,7 @@ class LinearLoRA(LoRALayer):
         return lora_B @ lora_A
 
     def forward(self, *args, **kwargs):
-        return self.run(None if self.is_off() else self.adapters(), *args, **kwargs)
+        return self.run(None if is_off(self) else self.adapters(), *args, **kwargs)
 
     def project(self, x, weight, bias, A, B, scaling, gates):
         x, gates = match_rows(x, x.shape[:-1], gates)
@@ -55,8 +55,7 @@ class DenseLoRA(LinearLoRA):
         if self.fan_in_fan_out:
             weight = weight.t()
         if self.training and self.lora_dropout is not identity:
-            p = self.dropout_p()
-            return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, dropout_p=p, training=True)
+            return self.project(x, weight, bias, (lora_A,), (lora_B,), self.scaling, None)
         return lora_linear_op(x, weight, (lora_A,), (lora_B,), self.scaling, bias, None, (), None, 0.0, None)
 
     def plain(self, x, weight):
@@ -100,7 +99,6 @@ class Linear(DenseLoRA, nn.Linear):
 
     def __init__(self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, fan_in_fan_out=False,
                  merge_weights=True, **kwargs):  # fmt: skip
-        check_adapter(r, lora_alpha, lora_dropout)
         watch_registrations()
         super().__init__(in_features, out_features, **kwargs)
         self.adapt(r, lora_alpha, lora_dropout, merge_weights)
@@ -117,12 +115,33 @@ class Linear(DenseLoRA, nn.Linear):
             self.weight.data = self.weight.data.T
 
 
-class MergedLoRA(DenseLoRA):
-    """A linear layer of len(enable_lora) equal parts; each enabled part has its own r rows of lora_A and of lora_B."""
+class MergedLinear(Linear):
+    """loralib's MergedLinear: a fused linear layer with an adapter on each part that `enable_lora` turns on.
 
+    `enable_lora` has G bools; part j of y, the columns j · out / G to (j + 1) · out / G, gets
+    lora_alpha / r (dropout(x) A_jᵀ) B_jᵀ if it is on. The g enabled parts' factors are packed: lora_A
+    (r · g, in_features), lora_B (out_features / G · g, r). The forward is one op call, ΔW is not built. With all parts
+    off, or r = 0, it is a plain linear layer. Other arguments as in Linear. Raises ValueError naming the argument.
+    Source: Hu et al. 2021, arXiv 2106.09685.
+    """
+
+    lora_base = nn.Linear
     kind = "merged"
     stacks = False
     forward = LoRALayer.forward
+
+    def __init__(self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, enable_lora=(False,),
+                 fan_in_fan_out=False, merge_weights=True, **kwargs):  # fmt: skip
+        given = isinstance(enable_lora, (list, tuple)) and len(enable_lora) > 0
+        flags = given and all(isinstance(on, (bool, int)) for on in enable_lora)
+        check.value(flags, "enable_lora", repr(enable_lora), "a list of bools")
+        even = out_features % len(enable_lora) == 0
+        check.value(even, "enable_lora", f"{len(enable_lora)} parts", f"a divisor of out_features = {out_features}")
+        # before nn.Module's own initialisation: attach, in it, asks for the shapes
+        self.enable_lora = [bool(on) for on in enable_lora]
+        check_adapter(r, lora_alpha, lora_dropout)
+        given = lora_alpha, lora_dropout, fan_in_fan_out, merge_weights
+        super().__init__(in_features, out_features, r if any(self.enable_lora) else 0, *given, **kwargs)
 
     def adapter_shapes(self, r):
         groups = sum(self.enable_lora)
@@ -146,32 +165,6 @@ class MergedLoRA(DenseLoRA):
         parts = iter(lora_B.chunk(sum(self.enable_lora)))
         size = self.out_features // len(self.enable_lora)
         return torch.block_diag(*(next(parts) if on else lora_B.new_empty(size, 0) for on in self.enable_lora))
-
-
-class MergedLinear(MergedLoRA, Linear):
-    """loralib's MergedLinear: a fused linear layer with an adapter on each part that `enable_lora` turns on.
-
-    `enable_lora` has G bools; part j of y, the columns j · out / G to (j + 1) · out / G, gets
-    lora_alpha / r (dropout(x) A_jᵀ) B_jᵀ if it is on. The g enabled parts' factors are packed: lora_A
-    (r · g, in_features), lora_B (out_features / G · g, r). The forward is one op call, ΔW is not built. With all parts
-    off, or r = 0, it is a plain linear layer. Other arguments as in Linear. Raises ValueError naming the argument.
-    Source: Hu et al. 2021, arXiv 2106.09685.
-    """
-
-    lora_base = nn.Linear
-
-    def __init__(self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, enable_lora=(False,),
-                 fan_in_fan_out=False, merge_weights=True, **kwargs):  # fmt: skip
-        given = isinstance(enable_lora, (list, tuple)) and len(enable_lora) > 0
-        flags = given and all(isinstance(on, (bool, int)) for on in enable_lora)
-        check.value(flags, "enable_lora", repr(enable_lora), "a list of bools")
-        even = out_features % len(enable_lora) == 0
-        check.value(even, "enable_lora", f"{len(enable_lora)} parts", f"a divisor of out_features = {out_features}")
-        # before nn.Module's own initialisation: attach, in it, asks for the shapes
-        self.enable_lora = [bool(on) for on in enable_lora]
-        check_adapter(r, lora_alpha, lora_dropout)
-        given = lora_alpha, lora_dropout, fan_in_fan_out, merge_weights
-        super().__init__(in_features, out_features, r if any(self.enable_lora) else 0, *given, **kwargs)
 
 
 def _revive(base, mixins):

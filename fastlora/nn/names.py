@@ -47,8 +47,7 @@ def to_tasks(kind, A, B):
 
 def adopt(layer, state_dict, prefix):
     """Rename, in place, what `state_dict` holds below `prefix` under another library's names to this layer's."""
-    start = len(prefix)
-    entries = {key[start:]: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+    entries = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     parts = layer._parameters, layer._buffers
     if all(any(name in part for part in parts) or name.partition(".")[0] in layer._modules for name in entries):
         return
@@ -61,9 +60,8 @@ def adopt(layer, state_dict, prefix):
 def read(layer, entries, kind=None, where=""):
     """`entries`, {name below the layer: tensor} under any library's names, under ours; unknown names stay.
 
-    A plain module is read as what it would become, a LoRA layer of `kind`. Joint adapters of q, k and v are split:
-    lora_A for each, lora_B's rows. Raises ValueError: two values for one tensor, several tasks, a joint adapter that
-    changes a projection which has no adapter here.
+    A plain module is read as the LoRA layer of `kind` that it would become. Joint adapters of q, k, v are split: lora_A
+    for each, lora_B's rows. ValueError: two values for a tensor, several tasks, a change of q, k or v not adapted here.
     """
     kind, found = kind or layer.kind, {}
     for name, tensor in entries.items():
@@ -181,9 +179,6 @@ def write(layer, dialect, where=""):
 
     Raises ValueError, naming the layer, for an adapter that the library cannot hold.
     """
-    each = layer.projections().values() if layer.kind == "attention" else (layer,)
-    several = any(hasattr(holder, "tasks") for holder in each)
-    check.value(not several, where, "named tasks", "a single adapter: tasks.Model.state_dict writes theirs")
     if layer.kind == "attention":
         return _write_attention(layer, dialect, where)
     form = getattr(layer, "form", None)
@@ -204,22 +199,21 @@ def write(layer, dialect, where=""):
 
 def _write_attention(layer, dialect, where):
     each = layer.projections()
-    pairs = {name: (p.lora_A.detach(), p.lora_B.detach()) for name, p in each.items()}
     if dialect in ("fastlora", "tasks"):
-        found = {f"lora_{name}.": write(p, dialect, f"{where}.lora_{name}") for name, p in each.items()}
-        return {start + key: tensor for start, tensors in found.items() for key, tensor in tensors.items()}
+        found = ((f"lora_{name}", write(p, dialect, f"{where}.lora_{name}")) for name, p in each.items())
+        return {f"{start}.{key}": tensor for start, tensors in found for key, tensor in tensors.items()}
     check.value(dialect != "loralib", where, "an attention layer", "a layer that loralib has")
     joint = layer._qkv_same_embed_dim
     check.value(joint or dialect != "peft", where, "kdim or vdim", "an attention layer that PEFT has: equal sizes")
-    found, out = {}, pairs.pop("o", None)
+    pairs = {name: (p.lora_A.detach(), p.lora_B.detach()) for name, p in each.items()}
+    out = pairs.pop("o", None)
+    found = {f"{name}_": pair for name, pair in pairs.items()}
     if joint and (pairs or dialect == "peft"):
         alike = len({(p.r, p.lora_alpha) for p in each.values()}) == 1
         check.value(alike, where, "projections of several ranks or lora_alpha", "one for all in a joint adapter")
         blank = out and (torch.zeros_like(out[0]), torch.zeros_like(out[1]))
         A, B = join(pairs or {"q": blank})
         found = {f"{''.join(pairs)}_": (A, B)}
-    else:
-        found = {f"{name}_": pair for name, pair in pairs.items()}
     if dialect == "peft":
         # there it always has one, of the same rank
         out_A, out_B = out or (A[:0], B[: layer.embed_dim, :0])

@@ -84,6 +84,8 @@ def cannot_know(what):
 
 def is_off(layer):
     """Whether this thread runs `layer` without its adapter. Raises RuntimeError in a recompute that cannot know."""
+    if not (switch.apart or layer._ran or layer.rank):
+        return False
     off = id(layer) in switch.off
     mode = "off" if off else "by row" if id(layer) in switch.row_ranks else layer.rank
     if is_recompute():
@@ -98,9 +100,8 @@ def is_off(layer):
 def match_rows(x, leading, gates):
     """x and its gates, in a shape that broadcasts over (*leading, E).
 
-    `leading` are x's dimensions of positions, the batch first. Gates are (E,), for all; (batch, E), a row's for all of
-    its positions; or (batch, tokens, E), for positions that a layer may get flattened. A single row of x is repeated
-    where the gates are for several.
+    `leading` are x's dimensions of positions, the batch first. Gates are (E,), for all; (batch, E), a row's; or (batch,
+    tokens, E), for positions that a layer may get flattened. A single row of x is repeated for the gates of several.
     """
     if gates is None or gates.dim() < 2 or gates.shape[:-1] == leading:
         return x, gates

@@ -26,43 +26,41 @@ def tensors(name, given):
     return list(given)
 
 
-def dense(name, t):
+def dense(name, t, *dtypes):
+    """A dense tensor of one of these dtypes, or of any that floats."""
     kind(t.layout == torch.strided, name, t.layout, "a dense tensor")
+    kind(t.dtype in (dtypes or _FLOATS), name, t.dtype, " or ".join(map(str, dtypes or _FLOATS)))
 
 
-def same(name, t, x):
-    dense(name, t)
-    kind(t.dtype == x.dtype, name, t.dtype, f"{x.dtype}, as x")
-    value(t.device == x.device, name, f"a tensor on {t.device}", f"{x.device}, as x")
+def tensor(name, t, x, shape, *dtypes):
+    """A dense tensor on x's device, of this shape, in which None is any size."""
+    dense(name, t, *dtypes)
+    fits = t.dim() == len(shape) and all(n is None or n == size for n, size in zip(shape, t.shape, strict=True))
+    value(fits, name, f"shape {tuple(t.shape)}", f"({', '.join('r' if n is None else str(n) for n in shape)})")
+    value(t.device == x.device, name, f"a tensor on {t.device}", f"{x.device}, as the others")
 
 
-def matrix(name, t, rows, columns, x):
-    dense(name, t)
-    fits = t.dim() == 2 and all(n is None or n == size for n, size in zip((rows, columns), t.shape, strict=True))
-    wanted = ", ".join("r" if n is None else str(n) for n in (rows, columns))
-    value(fits, name, f"shape {tuple(t.shape)}", f"({wanted})")
+def adapter(name, t, rows, columns, x):
+    """A matrix in which None is the adapter's rank; of a half type's layer it may be a float32 master."""
     half = x.dtype in (torch.bfloat16, torch.float16)
-    same_type = t.dtype == x.dtype or half and t.dtype == torch.float32
-    kind(same_type, name, t.dtype, f"{x.dtype}, as x{', or torch.float32' if half else ''}")
-    value(t.device == x.device, name, f"a tensor on {t.device}", f"{x.device}, as x")
-
-
-def floating(name, t):
-    dense(name, t)
-    kind(t.dtype in _FLOATS, name, t.dtype, "float32, bfloat16, float16 or float64")
+    tensor(name, t, x, (rows, columns), x.dtype, *([torch.float32] if half else []))
 
 
 def probability(p):
     value(math.isfinite(p) and 0 <= p <= 1, "dropout_p", p, "a number from 0 to 1")
 
 
-def dropout(p, seed, x):
-    probability(p)
-    if p > 0:
+def dropout(x, dropout_p, seed):
+    probability(dropout_p)
+    if dropout_p > 0:
         value(seed is not None, "seed", None, "a 0-d int64 tensor when dropout_p > 0")
-        kind(seed.dtype == torch.int64, "seed", seed.dtype, "torch.int64")
-        value(seed.dim() == 0, "seed", f"shape {tuple(seed.shape)}", "a 0-d tensor")
-        value(seed.device == x.device, "seed", f"a tensor on {seed.device}", f"{x.device}, as x")
+        tensor("seed", seed, x, (), torch.int64)
+
+
+def scale(scaling, E):
+    dense("scaling", scaling)
+    shape = tuple(scaling.shape)
+    value(shape in ((), (E,)), "scaling", f"shape {shape}", f"() or ({E},)")
 
 
 def gate(scaling, gates, ranks, count, R, leading, device):
@@ -71,14 +69,12 @@ def gate(scaling, gates, ranks, count, R, leading, device):
         value(min(ranks) >= 0 and sum(ranks) == R, "ranks", list(ranks), f"non-negative ranks that sum to R = {R}")
     value(bool(ranks) or count <= 1, "ranks", list(ranks), "one rank per adapter, as lora_A is a sequence")
     E = len(ranks) if ranks else R
-    floating("scaling", scaling)
-    shape = tuple(scaling.shape)
-    value(shape in ((), (E,)), "scaling", f"shape {shape}", f"() or ({E},)")
+    scale(scaling, E)
     on = scaling.device == device or (scaling.dim() == 0 and scaling.device.type == "cpu")
     value(on, "scaling", f"a tensor on {scaling.device}", f"{device} (or a 0-d CPU tensor)")
     if gates is None:
         return
-    floating("gates", gates)
+    dense("gates", gates)
     value(gates.device == device, "gates", f"a tensor on {gates.device}", f"{device}, as x")
     full = (*leading, E)
     pairs = zip(reversed(gates.shape), reversed(full), strict=False)
@@ -87,22 +83,21 @@ def gate(scaling, gates, ranks, count, R, leading, device):
 
 
 def shrink(x, lora_A, dropout_p, seed):
-    floating("x", x)
+    dense("x", x)
     value(x.dim() >= 1, "x", "a 0-d tensor", "(..., in)")
     for a in lora_A:
-        matrix("lora_A", a, None, x.shape[-1], x)
-    dropout(dropout_p, seed, x)
+        adapter("lora_A", a, None, x.shape[-1], x)
+    dropout(x, dropout_p, seed)
 
 
 def base(x, weight, bias):
-    floating("x", x)
+    dense("x", x)
     value(x.dim() >= 1, "x", "a 0-d tensor", "(..., in)")
     value(weight.dim() == 2, "weight", f"shape {tuple(weight.shape)}", "(out, in)")
     value(x.shape[-1] == weight.shape[1], "x", f"shape {tuple(x.shape)}", f"(..., {weight.shape[1]}), as weight's in")
-    same("weight", weight, x)
+    tensor("weight", weight, x, weight.shape, x.dtype)
     if bias is not None:
-        value(bias.shape == weight.shape[:1], "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},)")
-        same("bias", bias, x)
+        tensor("bias", bias, x, weight.shape[:1], x.dtype)
 
 
 def linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
@@ -111,26 +106,20 @@ def linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale,
     out = weight.shape[0]
     value(len(lora_A) == len(lora_B), "lora_B", f"{len(lora_B)} tensors", f"{len(lora_A)}, as lora_A")
     for a, b in zip(lora_A, lora_B, strict=True):
-        matrix("lora_B", b, out, a.shape[0], x)
+        adapter("lora_B", b, out, a.shape[0], x)
     gate(scaling, gates, ranks, len(lora_A), sum(a.shape[0] for a in lora_A), x.shape[:-1], x.device)
     if column_scale is not None:
-        value(tuple(column_scale.shape) == (out,), "column_scale", f"shape {tuple(column_scale.shape)}", f"({out},)")
-        floating("column_scale", column_scale)
-        on = column_scale.device
-        value(on == x.device, "column_scale", f"a tensor on {on}", f"{x.device}, as x")
+        tensor("column_scale", column_scale, x, (out,), *_FLOATS)
 
 
 def expand(y, z, lora_B, scaling, gates, ranks, columns):
-    floating("y", y)
+    dense("y", y)
     value(y.dim() >= 1, "y", "a 0-d tensor", "(..., out)")
     value(len(columns) in (0, 2), "columns", list(columns), "(start, stop)")
     start, stop = columns or (0, y.shape[-1])
     value(0 <= start <= stop <= y.shape[-1], "columns", (start, stop), f"0 <= start <= stop <= {y.shape[-1]}")
     for b in lora_B:
-        matrix("lora_B", b, stop - start, None, y)
+        adapter("lora_B", b, stop - start, None, y)
     R = sum(b.shape[1] for b in lora_B)
-    value(tuple(z.shape) == (*y.shape[:-1], R), "z", f"shape {tuple(z.shape)}", f"{(*y.shape[:-1], R)}")
-    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-    kind(z.dtype in (wide, y.dtype), "z", z.dtype, f"{wide} (what lora_shrink returns) or y's dtype")
-    value(z.device == y.device, "z", f"a tensor on {z.device}", f"{y.device}, as y")
+    tensor("z", z, y, (*y.shape[:-1], R), torch.float64 if y.dtype == torch.float64 else torch.float32, y.dtype)
     gate(scaling, gates, ranks, len(lora_B), R, y.shape[:-1], y.device)

@@ -61,11 +61,6 @@ def lora_dropout_reference(x, dropout_p, seed):
     return dropped(x, dropout_p, seed).to(x.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _dropout_fake(x, dropout_p, seed):
-    check.dropout(dropout_p, seed, x)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 @functools.cache
 def _other_mask(implementation, device):
     """None if Triton's D agrees with the reference's, bit for bit, on 4,096 elements; else a sentence."""
@@ -75,9 +70,11 @@ def _other_mask(implementation, device):
     return None if same else f"Triton's dropout kernel gives another mask than the reference on {device}"
 
 
-backends.register("lora_dropout", "reference", lora_dropout_reference)
 backends.verifications["lora_dropout", "triton"] = lambda implementation, x, *_: _other_mask(implementation, x.device)
-lora_dropout_op = define("lora_dropout", "Tensor x, float dropout_p, Tensor seed", "Tensor", _dropout_fake)
+lora_dropout_op = define(
+    "lora_dropout", "Tensor x, float dropout_p, Tensor seed", "Tensor", lambda x, *_: x.new_empty(x.shape),
+    check.dropout, lora_dropout_reference,
+)  # fmt: skip
 
 lib.define("draw_seed(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded))
 # from torch's generator of x's device, in [0, 2⁶³)

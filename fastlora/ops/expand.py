@@ -2,9 +2,8 @@
 
 import torch
 
-from fastlora import backends
 from fastlora.ops import check
-from fastlora.ops.library import blanks, define, scalar
+from fastlora.ops.library import differentiable, scalar
 from fastlora.ops.shrink import apart, flat, join
 
 
@@ -32,24 +31,6 @@ def expand_gate(scaling, gates, ranks, device, dtype):
     return g
 
 
-def _gate_backward(dg, scaling, gates, ranks):
-    """(dscaling, dgates) from dg (..., R); dgates is None without gates. Each has its own tensor's shape and dtype."""
-
-    def sum_to(grad, like):
-        return grad.sum_to_size(like.shape).to(like.device, like.dtype)
-
-    if ranks:
-        dg = torch.stack([rows.sum(-1) for rows in dg.split(list(ranks), -1)], -1)
-    if gates is None:
-        return sum_to(dg, scaling), None
-    return sum_to(dg * gates.to(dg.dtype), scaling), sum_to(dg * scaling.to(dg.device, dg.dtype), gates)
-
-
-def _cut(y, columns):
-    start, stop = columns or (0, y.shape[-1])
-    return y[..., start:stop]
-
-
 def add_update(y, z, lora_B, g):
     """y + (z ⊙ g) lora_Bᵀ in z's dtype."""
     for zb, b in zip((z * g).split([b.shape[1] for b in lora_B], -1), lora_B, strict=True):
@@ -58,36 +39,33 @@ def add_update(y, z, lora_B, g):
 
 
 def lora_expand_reference(y, z, lora_B, scaling, gates, ranks, columns):
-    g = expand_gate(scaling, gates, ranks, y.device, z.dtype)
+    g, part = expand_gate(scaling, gates, ranks, y.device, z.dtype), slice(*columns or (None,))
     out = y.clone(memory_format=torch.contiguous_format)
-    _cut(out, columns).copy_(add_update(_cut(y, columns).to(z.dtype), z, lora_B, g))
+    out[..., part] = add_update(y[..., part].to(z.dtype), z, lora_B, g)
     return out
 
 
 def lora_expand_backward_reference(dy, z, lora_B, scaling, gates, ranks, columns, needs):
     """With t = dy lora_B: dz = t ⊙ g, dB = dyᵀ (z ⊙ g), dg = t ⊙ z."""
     need_z, need_B, need_scaling, need_gates = needs
-    dy = _cut(dy, columns).to(z.dtype)
+    dy = dy[..., slice(*columns or (None,))].to(z.dtype)
     g = expand_gate(scaling, gates, ranks, dy.device, z.dtype)
     t = join([dy @ b.to(dy.dtype) for b in lora_B], dy, dy.dtype)
     dz = (t * g).contiguous() if need_z else z.new_empty(0)
     dB = apart(flat(dy).T @ flat(z * g), lora_B, 1) if need_B else []
-    dscaling, dgates = _gate_backward(t * z, scaling, gates, ranks)
-    return dz, dB, dscaling if need_scaling else z.new_empty(0), dgates if need_gates else z.new_empty(0)
+    dg, dscaling, dgates = t * z, z.new_empty(0), z.new_empty(0)
+    if ranks:
+        dg = torch.stack([rows.sum(-1) for rows in dg.split(list(ranks), -1)], -1)
+    if need_scaling:
+        every = dg if gates is None else dg * gates.to(dg.dtype)
+        dscaling = every.sum_to_size(scaling.shape).to(scaling.device, scaling.dtype)
+    if need_gates:
+        dgates = (dg * scaling.to(dg.device, dg.dtype)).sum_to_size(gates.shape).to(gates.dtype)
+    return dz, dB, dscaling, dgates
 
 
-def _fake(y, z, lora_B, scaling, gates, ranks, columns):
-    check.expand(y, z, lora_B, scaling, gates, ranks, columns)
-    return y.new_empty(y.shape)
-
-
-backends.register("lora_expand", "reference", lora_expand_reference)
-backends.register("lora_expand_backward", "reference", lora_expand_backward_reference)
-_SHARED = "Tensor z, Tensor[] lora_B, Tensor scaling, Tensor? gates, int[] ranks, int[] columns"
-lora_expand_op = define("lora_expand", f"Tensor y, {_SHARED}", "Tensor", _fake, check.expand)
-define(
-    "lora_expand_backward",
-    f"Tensor dy, {_SHARED}, bool[4] needs",
-    "(Tensor, Tensor[], Tensor, Tensor)",
-    lambda dy, z, lora_B, scaling, gates, ranks, columns, needs: blanks((z, lora_B, scaling, gates), needs, z),
+_ARGUMENTS = "Tensor y, Tensor z, Tensor[] lora_B, Tensor scaling, Tensor? gates, int[] ranks, int[] columns"
+_REFERENCES = lora_expand_reference, lora_expand_backward_reference
+lora_expand_op = differentiable(
+    "lora_expand", _ARGUMENTS, (1, 2, 3, 4), check.expand, lambda y, *_: y.new_empty(y.shape), _REFERENCES, apart=0
 )

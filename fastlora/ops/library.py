@@ -1,5 +1,6 @@
 """The `fastlora` namespace of torch.library: how an op is declared."""
 
+import functools
 import numbers
 
 import torch
@@ -9,6 +10,8 @@ from fastlora import backends
 from fastlora.ops import check
 
 lib = torch.library.Library("fastlora", "FRAGMENT")
+# what `autograd_in_python` takes, of each op
+formulas = []
 
 
 def define(name, arguments, returns, fake, check=None, reference=None):
@@ -17,33 +20,59 @@ def define(name, arguments, returns, fake, check=None, reference=None):
     C++ kernels take the CPU and CUDA keys where `_C` is built; other devices and pinned back-ends walk. The overload
     `.reference` is for calls that a C++ kernel does not take.
     """
+
+    def checked_fake(*args):
+        if check:
+            check(*args)
+        return fake(*args)
+
     walk = backends.kernel(name, check)
-    kernels = {name: walk, f"{name}.python": walk, **({f"{name}.reference": reference} if reference else {})}
+    kernels = {name: walk, f"{name}.python": walk}
+    if reference:
+        backends.register(name, "reference", reference)
+        kernels[f"{name}.reference"] = reference
     for overload, kernel in kernels.items():
         lib.define(f"{overload}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
         lib.impl(overload, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastlora::{name}", fake, lib=lib)
+    torch.library.register_fake(f"fastlora::{name}", checked_fake, lib=lib)
     return getattr(torch.ops.fastlora, name).default
 
 
-def blanks(given, needs, like):
-    """The fake of a backward: fresh tensors as the gradients of `given`, empty ones where none is needed."""
+def differentiable(name, arguments, wanted, check, fake, references, apart=None, kept=()):
+    """Declare an op and its `_backward`, of which `references` are the two; returns the op.
 
-    def blank(t, need):
+    The backward takes dy, the arguments but the one at `apart`, what the forward has `kept`, and which gradients are
+    needed of those of the arguments at `wanted`, which it returns; where the one apart is among these it is a bias.
+    An op that keeps anything is the first result of its `_forward`, which returns that too.
+    """
+    results = ", ".join(["Tensor"] * (1 + len(kept)))
+    forward = op = define(f"{name}_forward" if kept else name, arguments, f"({results})", fake, check, references[0])
+    if kept:
+        op = define(name, arguments, "Tensor", lambda *args: fake(*args)[0], check)
+
+    def blank(t, need, like):
         if isinstance(t, (list, tuple)):
             return [a.new_empty(a.shape) for a in t] if need else []
         return t.new_empty(t.shape) if need else like.new_empty(0)
 
-    return tuple(blank(t, need) for t, need in zip(given, needs, strict=True))
+    def blanks(dy, *args):
+        """Fresh tensors as the gradients, empty ones where none is needed."""
+        *given, needs = args
+        if apart is not None:
+            given.insert(apart, dy.new_empty(dy.shape[-1]))
+        return tuple(blank(given[i], need, args[0]) for i, need in zip(wanted, needs, strict=True))
+
+    given = arguments.split(", ")
+    grads = ["Tensor[]" if given[i].startswith("Tensor[]") else "Tensor" for i in wanted]
+    rest = [argument for i, argument in enumerate(given) if i != apart] + [f"Tensor {result}" for result in kept]
+    schema = ", ".join(["Tensor dy", *rest, f"bool[{len(wanted)}] needs"])
+    backward = define(f"{name}_backward", schema, f"({', '.join(grads)})", blanks, reference=references[1])
+    formulas.append((op, forward, backward, wanted, apart))
+    return op
 
 
-def autograd_in_python(name, wanted, apart=None):
-    """The autograd formula where `_C` is missing, from the op's `_backward`.
-
-    That takes dy, the arguments but the one at `apart`, the results but the first, and which gradients are needed of
-    those of the arguments at `wanted`, which it returns. Where the one apart is none of these it gets dy.
-    """
-    backward_op = getattr(torch.ops.fastlora, f"{name.removesuffix('_forward')}_backward").default
+def autograd_in_python(op, forward, backward_op, wanted, apart):
+    """The formula of `differentiable` where `_C` is missing; the one apart gets dy where it is not wanted."""
 
     def setup(ctx, inputs, output):
         more = output[1:] if isinstance(output, tuple) else ()
@@ -62,26 +91,29 @@ def autograd_in_python(name, wanted, apart=None):
         grads = {apart: dy, **dict(zip(wanted, found, strict=True))}
         return tuple(grads[i] if i in grads and needs[i] else none for i, none in enumerate(ctx.none))
 
-    torch.library.register_autograd(f"fastlora::{name}", backward, setup_context=setup)
+    torch.library.register_autograd(forward, backward, setup_context=setup)
+    if op is not forward:
+        lib.impl(op, lambda *args: forward(*args)[0], "Autograd")
 
 
-def autocast_in_python(name, cast, adapters):
-    """Autocast where `_C` is missing: the arguments at `cast`, and what is not float32 in the lists at `adapters`."""
-    op = getattr(torch.ops.fastlora, name).default
+def autocast_in_python(op):
+    """Autocast where `_C` is missing: of x, weight, bias, and of adapters that are not float32."""
+
+    def cast(name, value, dtype):
+        if name in ("lora_A", "lora_B"):
+            return [t if t.dtype == torch.float32 else cast("x", t, dtype) for t in value]
+        chosen = name in ("x", "weight", "bias") and value is not None
+        return value.to(dtype) if chosen and value.is_floating_point() and value.dtype != torch.float64 else value
+
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def kernel(*args, device=device, key=key):
-            dtype = torch.get_autocast_dtype(device)
-            args = list(args)
-            for i in adapters:
-                args[i] = [t.to(dtype) if t.dtype in (torch.bfloat16, torch.float16) else t for t in args[i]]
-            for i in cast:
-                if args[i] is not None and args[i].is_floating_point() and args[i].dtype != torch.float64:
-                    args[i] = args[i].to(dtype)
+            dtype, arguments = torch.get_autocast_dtype(device), op._schema.arguments
+            args = [cast(argument.name, value, dtype) for argument, value in zip(arguments, args, strict=True)]
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
                 return op(*args)
 
-        lib.impl(name, kernel, key)
+        lib.impl(op, kernel, key)
 
 
 def scalar(value):
@@ -92,13 +124,10 @@ def scalar(value):
         return torch.full((), float(value))
     if type(value) not in (float, int):
         check.kind(isinstance(value, numbers.Real), "scaling", type(value).__name__, "a number or a tensor")
-    cached = _scalars.get(value)
-    if cached is None:
-        if len(_scalars) >= 4096:
-            _scalars.clear()
-        with torch.inference_mode(False):
-            cached = _scalars[value] = torch.tensor(float(value))
-    return cached
+    return _number(value)
 
 
-_scalars = {}
+@functools.lru_cache(4096)
+def _number(value):
+    with torch.inference_mode(False):
+        return torch.tensor(float(value))

@@ -9,11 +9,10 @@ Backward, with z = D(x) lora_Aᵀ, u = x Wᵀ + (z ⊙ g) lora_Bᵀ, dv = c ⊙ 
 import torch
 import torch.nn.functional as F
 
-from fastlora import backends
 from fastlora.ops import check
 from fastlora.ops.dropout import draw_seed, wide
 from fastlora.ops.expand import add_update, expand_gate, lora_expand_backward_reference
-from fastlora.ops.library import blanks, define, scalar
+from fastlora.ops.library import differentiable, scalar
 from fastlora.ops.shrink import flat, lora_shrink_backward_reference, lora_shrink_reference
 
 
@@ -56,9 +55,7 @@ def lora_linear(
     )
 
 
-def lora_linear_forward_reference(
-    x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed
-):
+def lora_linear_reference(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
     z = lora_shrink_reference(x, lora_A, dropout_p, seed)
     g = expand_gate(scaling, gates, ranks, x.device, z.dtype)
     v = add_update(F.linear(x, weight).to(z.dtype), z, lora_B, g)
@@ -89,28 +86,17 @@ def lora_linear_backward_reference(
     return dx, dweight, dA, dB, dscaling, dbias, dgates, dcolumn
 
 
-def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
-    check.linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed)
+def _fake(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     z = x.new_empty((*x.shape[:-1], sum(a.shape[0] for a in lora_A)), dtype=wide(x))
     return y, z, x.new_empty(0 if column_scale is None else y.shape)
 
 
-def _backward_fake(dy, x, weight, lora_A, lora_B, scaling, gates, ranks, column_scale, dropout_p, seed, z, u, needs):
-    bias = x.new_empty(weight.shape[0])
-    return blanks((x, weight, lora_A, lora_B, scaling, bias, gates, column_scale), needs, x)
-
-
-_FIRST = "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling"
-_REST = "Tensor? gates, int[] ranks, Tensor? column_scale, float dropout_p, Tensor? seed"
-_ALL, _THREE = f"{_FIRST}, Tensor? bias, {_REST}", "(Tensor, Tensor, Tensor)"
-backends.register("lora_linear_forward", "reference", lora_linear_forward_reference)
-backends.register("lora_linear_backward", "reference", lora_linear_backward_reference)
-lora_linear_op = define("lora_linear", _ALL, "Tensor", lambda *args: _forward_fake(*args)[0], check.linear)
-lora_linear_forward_op = define("lora_linear_forward", _ALL, _THREE, _forward_fake, check.linear)
-define(
-    "lora_linear_backward",
-    f"Tensor dy, {_FIRST}, {_REST}, Tensor z, Tensor u, bool[8] needs",
-    "(Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor)",
-    _backward_fake,
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor? bias, Tensor? gates, "
+    "int[] ranks, Tensor? column_scale, float dropout_p, Tensor? seed"
 )
+lora_linear_op = differentiable(
+    "lora_linear", _ARGUMENTS, (0, 1, 2, 3, 4, 5, 6, 8), check.linear, _fake,
+    (lora_linear_reference, lora_linear_backward_reference), apart=5, kept=("z", "u"),
+)  # fmt: skip

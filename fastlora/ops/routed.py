@@ -9,10 +9,9 @@ Backward, for each adapter of a token, with z = x lora_Aᵀ, e = c ⊙ dy, t = e
 import torch
 import torch.nn.functional as F
 
-from fastlora import backends
 from fastlora.ops import check
 from fastlora.ops.dropout import wide
-from fastlora.ops.library import blanks, define, scalar
+from fastlora.ops.library import differentiable, scalar
 from fastlora.ops.route import Pages, Route
 from fastlora.ops.shrink import flat
 
@@ -59,104 +58,91 @@ def _rank_rows(lora_B, pages):
     return max([b.shape[1] for b in lora_B] + ([8 * pages[2].shape[1]] if pages else [0]))
 
 
-class _Adapters:
-    """The adapters of a call by slot: A (k, r, in), B (r, out), scale and c − 1, at x's precision."""
-
-    def __init__(self, x, lora_A, lora_B, scaling, column_scale, slices, pages):
-        self.x, self.A, self.B, self.pages = x, lora_A, lora_B, pages
-        self.S, self.k = pages[2].shape[0] if pages else 0, max(len(slices), 1)
-        self.scales = scaling.to(x.device, wide(x)).expand(len(lora_A))
-        self.column_scale = column_scale
-
-    def __call__(self, slot):
-        e, dtype = slot - self.S, self.x.dtype
-        if e < 0:
-            A, B, table, ranks, scales, columns, *host = self.pages
-            if host:
-                ranks, columns, table = host[0][:, 0], host[0][:, 1], host[0][:, 2:]
-            r, column = int(ranks[slot]), int(columns[slot])
-            page = table[slot, : -(-r // 8)].to(A.device, torch.int64)
-            a, b = A[page].transpose(0, 1).flatten(1, 2)[:, :r], B[page].flatten(0, 1)[:r]
-            d = B[column, 0] if column >= 0 else None
-            scale = scales[slot]
-        else:
-            a, b, scale = self.A[e].unflatten(0, (self.k, self.B[e].shape[1])), self.B[e].T, self.scales[e]
-            c = self.column_scale[e] if self.column_scale else self.x.new_empty(0)
-            d = (c.to(wide(self.x)) - 1) if c.numel() else None
-        to = wide(self.x)
-        return a.to(dtype).to(to), b.to(dtype).to(to), scale.to(to), None if d is None else d.to(to)
+def _paged(slot, A, B, table, ranks, scales, columns, host=None):
+    """(A (k, r, in), B (r, out), scale, c − 1 or None) of a slot in pages."""
+    if host is not None:
+        ranks, columns, table = host[:, 0], host[:, 1], host[:, 2:]
+    r, column = int(ranks[slot]), int(columns[slot])
+    page = table[slot, : -(-r // 8)].to(A.device, torch.int64)
+    d = B[column, 0] if column >= 0 else None
+    return A[page].transpose(0, 1).flatten(1, 2)[:, :r], B[page].flatten(0, 1)[:r], scales[slot], d
 
 
-def _expand(z, b, slices):
-    """z (m, k, r), b (r, out) -> (m, out)"""
-    parts = b.split(list(slices), 1) if slices else (b,)
-    return torch.cat([z[:, i] @ part for i, part in enumerate(parts)], 1)
+def _uses(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages):
+    """The tokens of each list's adapters, adapter by adapter, and their entries in z and in gates.
 
-
-def lora_routed_forward_reference(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
-    offsets, slots, order, _, plan = route
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("fastlora: lora_routed: a captured graph would keep this batch's lists; pin 'triton'")
-    adapters, x2 = _Adapters(x, lora_A, lora_B, scaling, column_scale, slices, pages), flat(x)
-    z = x2.new_zeros(len(slots), adapters.k, _rank_rows(lora_B, pages), dtype=wide(x))
-    v = F.linear(x2, weight).to(z.dtype)
-    y = v.clone() if bias is None else v + bias.to(v.dtype)
+    (tokens, entries, gates (m, 1), the pair's number, negative in pages, A (k, r, in), B (r, out), scale, c − 1 or
+    None), the last four at x's precision.
+    """
+    (offsets, _, order, _, plan), to = route, wide(x)
+    S, scales = pages[2].shape[0] if pages else 0, scaling.to(x.device, to).expand(len(lora_A))
     for start, stop, listed in _segments(plan):
         tokens = order[start:stop]
         for j, slot in enumerate(listed):
-            a, b, scale, d = adapters(slot)
-            entries = offsets[tokens].long() + j
-            zs = torch.einsum("mi,kri->mkr", x2[tokens].to(z.dtype), a)
-            z[entries, :, : zs.shape[2]] = zs
-            update = scale * _expand(zs, b, slices)
-            if d is not None:
-                update = d * v[tokens] + (1 + d) * update
-            y[tokens] += gates[entries, None].to(z.dtype) * update
+            e, entries = slot - S, offsets[tokens].long() + j
+            if e < 0:
+                a, b, scale, d = _paged(slot, *pages)
+            else:
+                a, b, scale = lora_A[e].unflatten(0, (max(len(slices), 1), lora_B[e].shape[1])), lora_B[e].T, scales[e]
+                d = column_scale[e].to(to) - 1 if column_scale and column_scale[e].numel() else None
+            a, b = a.to(x.dtype).to(to), b.to(x.dtype).to(to)
+            yield tokens, entries, gates[entries, None].to(to), e, a, b, scale.to(to), None if d is None else d.to(to)
+
+
+def lora_routed_forward_reference(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("fastlora: lora_routed: a captured graph would keep this batch's lists; pin 'triton'")
+    x2, widths = flat(x), list(slices) or [len(weight)]
+    z = x2.new_zeros(len(gates), len(widths), _rank_rows(lora_B, pages), dtype=wide(x))
+    v = F.linear(x2, weight).to(z.dtype)
+    y = v.clone() if bias is None else v + bias.to(v.dtype)
+    uses = _uses(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages)
+    for tokens, entries, gate, _, a, b, scale, d in uses:
+        zs = torch.einsum("mi,kri->mkr", x2[tokens].to(z.dtype), a)
+        z[entries, :, : zs.shape[2]] = zs
+        update = scale * torch.cat([zs[:, i] @ part for i, part in enumerate(b.split(widths, 1))], 1)
+        if d is not None:
+            update = d * v[tokens] + (1 + d) * update
+        y[tokens] += gate * update
     return y.to(x.dtype).view(*x.shape[:-1], len(weight)), z.flatten(1)
 
 
 def lora_routed_backward_reference(
     dy, x, weight, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages, z, needs
 ):
-    offsets, slots, order, _, plan = route
     need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates = needs
-    adapters, x2, dy2 = _Adapters(x, lora_A, lora_B, scaling, column_scale, slices, pages), flat(x), flat(dy)
-    dy2, z, wide_x = dy2.to(z.dtype), z.unflatten(1, (adapters.k, z.shape[1] // adapters.k)), x2.to(z.dtype)
+    x2, dy2, widths = flat(x), flat(dy).to(z.dtype), list(slices) or [len(weight)]
+    z, wide_x = z.unflatten(1, (len(widths), z.shape[1] // len(widths))), x2.to(z.dtype)
     dv, dx = dy2.clone(), torch.zeros_like(wide_x)
     dA, dB = [torch.zeros_like(a, dtype=z.dtype) for a in lora_A], [torch.zeros_like(b, dtype=z.dtype) for b in lora_B]
     dgates, dscale = torch.zeros_like(gates, dtype=z.dtype), dx.new_zeros(len(lora_A))
-    for start, stop, listed in _segments(plan):
-        tokens = order[start:stop]
-        for j, slot in enumerate(listed):
-            a, b, scale, d = adapters(slot)
-            entries = offsets[tokens].long() + j
-            gate, e, zs = gates[entries, None].to(z.dtype), dy2[tokens], z[entries][:, :, : len(b)]
-            if d is not None:
-                v = F.linear(x2[tokens], weight).to(z.dtype)
-                dgates[entries] += (e * d * v).sum(1)
-                dv[tokens] += gate * d * e
-                e = e * (1 + d)
-            parts = list(zip(e.split(list(slices), 1), b.split(list(slices), 1), strict=True)) if slices else [(e, b)]
-            t = torch.stack([ei @ bi.T for ei, bi in parts], 1)
-            dgates[entries] += scale * (t * zs).sum((1, 2))
-            dz = gate[:, None] * scale * t
-            dx[tokens] += torch.einsum("mkr,kri->mi", dz, a)
-            if slot >= adapters.S:
-                own = slot - adapters.S
-                dA[own] += torch.einsum("mkr,mi->kri", dz, wide_x[tokens]).flatten(0, 1)
-                zg = gate[:, None] * scale * zs
-                dB[own] += torch.cat([ei.T @ zg[:, i] for i, (ei, _) in enumerate(parts)])
-                dscale[own] += (gate[:, None] * t * zs).sum()
-    empty = x.new_empty(0)
-    dx = (dx + (dv.to(x.dtype) @ weight).to(z.dtype)).to(x.dtype).view_as(x) if need_x else empty
-    dweight = (dv.T @ wide_x).to(weight.dtype) if need_weight else empty
+    uses = _uses(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages)
+    for tokens, entries, gate, own, a, b, scale, d in uses:
+        e, zs = dy2[tokens], z[entries][:, :, : len(b)]
+        if d is not None:
+            v = F.linear(x2[tokens], weight).to(z.dtype)
+            dgates[entries] += (e * d * v).sum(1)
+            dv[tokens] += gate * d * e
+            e = e * (1 + d)
+        es = e.split(widths, 1)
+        t = torch.stack([ei @ bi.T for ei, bi in zip(es, b.split(widths, 1), strict=True)], 1)
+        dgates[entries] += scale * (t * zs).sum((1, 2))
+        dz = gate[:, None] * scale * t
+        dx[tokens] += torch.einsum("mkr,kri->mi", dz, a)
+        if own >= 0:
+            dA[own] += torch.einsum("mkr,mi->kri", dz, wide_x[tokens]).flatten(0, 1)
+            zg = gate[:, None] * scale * zs
+            dB[own] += torch.cat([ei.T @ zg[:, i] for i, ei in enumerate(es)])
+            dscale[own] += (gate[:, None] * t * zs).sum()
     return (
-        dx, dweight, [g.to(a.dtype) for g, a in zip(dA, lora_A, strict=True)] if need_A else [],
+        (dx + (dv.to(x.dtype) @ weight).to(z.dtype)).to(x.dtype).view_as(x) if need_x else x.new_empty(0),
+        (dv.T @ wide_x).to(weight.dtype) if need_weight else x.new_empty(0),
+        [g.to(a.dtype) for g, a in zip(dA, lora_A, strict=True)] if need_A else [],
         [g.to(b.dtype) for g, b in zip(dB, lora_B, strict=True)] if need_B else [],
         dscale.sum_to_size(scaling.shape).to(scaling) if need_scaling else x.new_empty(0),
         dy2.sum(0).to(x.dtype) if need_bias else x.new_empty(0),
         dgates.to(gates.dtype) if need_gates else x.new_empty(0),
-    )  # fmt: skip
+    )
 
 
 def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
@@ -166,13 +152,11 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale,
     check.value(whole, "slices", list(slices), f"widths that sum to {out}")
     check.value(len(lora_A) == len(lora_B), "lora_B", f"{len(lora_B)} tensors", f"{len(lora_A)}, as lora_A")
     for a, b in zip(lora_A, lora_B, strict=True):
-        check.matrix("lora_B", b, out, None, x)
-        check.matrix("lora_A", a, k * b.shape[1], n_in, x)
+        check.adapter("lora_B", b, out, None, x)
+        check.adapter("lora_A", a, k * b.shape[1], n_in, x)
     check.value(tokens == flat(x).shape[0], "route", f"a route of {tokens} tokens", f"one of {len(flat(x))}, as x has")
     check.value(gates.device == x.device, "route", f"a route on {gates.device}", f"{x.device}, as x")
-    check.floating("scaling", scaling)
-    shape = tuple(scaling.shape)
-    check.value(shape in ((), (len(lora_A),)), "scaling", f"shape {shape}", f"() or ({len(lora_A)},)")
+    check.scale(scaling, len(lora_A))
     check.value(len(column_scale) in (0, len(lora_A)), "column_scale", len(column_scale), f"{len(lora_A)}, as lora_A")
     for c in column_scale:
         check.value(tuple(c.shape) in ((out,), (0,)), "column_scale", f"shape {tuple(c.shape)}", f"({out},)")
@@ -188,29 +172,16 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale,
         check.value(A.device == x.device, "pages", f"pages on {A.device}", f"{x.device}, as x")
 
 
-def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
-    _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages)
+def _fake(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
     rows = max(len(slices), 1) * _rank_rows(lora_B, pages)
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((gates.shape[0], rows), dtype=wide(x))
 
 
-def _backward_fake(dy, x, weight, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages, z, needs):
-    return blanks((x, weight, lora_A, lora_B, scaling, x.new_empty(weight.shape[0]), gates), needs, x)
-
-
-_FIRST = "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling"
-_REST = "Tensor[] route, Tensor gates, Tensor[] column_scale, int[] slices, Tensor[] pages"
-_ALL, _FORWARD, _BACKWARD = f"{_FIRST}, Tensor? bias, {_REST}", "lora_routed_forward", "lora_routed_backward"
-backends.register(_FORWARD, "reference", lora_routed_forward_reference)
-backends.register(_BACKWARD, "reference", lora_routed_backward_reference)
-lora_routed_op = define("lora_routed", _ALL, "Tensor", lambda *args: _forward_fake(*args)[0], _check)
-lora_routed_forward_op = define(
-    _FORWARD, _ALL, "(Tensor, Tensor)", _forward_fake, _check, lora_routed_forward_reference
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor? bias, Tensor[] route, "
+    "Tensor gates, Tensor[] column_scale, int[] slices, Tensor[] pages"
 )
-define(
-    _BACKWARD,
-    f"Tensor dy, {_FIRST}, {_REST}, Tensor z, bool[7] needs",
-    "(Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor)",
-    _backward_fake,
-    reference=lora_routed_backward_reference,
-)
+lora_routed_op = differentiable(
+    "lora_routed", _ARGUMENTS, (0, 1, 2, 3, 4, 5, 7), _check, _fake,
+    (lora_routed_forward_reference, lora_routed_backward_reference), apart=5, kept=("z",),
+)  # fmt: skip

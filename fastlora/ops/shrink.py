@@ -3,10 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from fastlora import backends
 from fastlora.ops import check
 from fastlora.ops.dropout import draw_seed, dropped, wide
-from fastlora.ops.library import blanks, define
+from fastlora.ops.library import differentiable
 
 
 def lora_shrink(x, lora_A, *, dropout_p=0.0, training=False, seed=None):
@@ -61,18 +60,9 @@ def lora_shrink_backward_reference(dz, x, lora_A, dropout_p, seed, needs):
 
 
 def _fake(x, lora_A, dropout_p, seed):
-    check.shrink(x, lora_A, dropout_p, seed)
     return x.new_empty((*x.shape[:-1], sum(a.shape[0] for a in lora_A)), dtype=wide(x))
 
 
-backends.register("lora_shrink", "reference", lora_shrink_reference)
-backends.register("lora_shrink_backward", "reference", lora_shrink_backward_reference)
-lora_shrink_op = define(
-    "lora_shrink", "Tensor x, Tensor[] lora_A, float dropout_p, Tensor? seed", "Tensor", _fake, check.shrink
-)
-define(
-    "lora_shrink_backward",
-    "Tensor dz, Tensor x, Tensor[] lora_A, float dropout_p, Tensor? seed, bool[2] needs",
-    "(Tensor, Tensor[])",
-    lambda dz, x, lora_A, dropout_p, seed, needs: blanks((x, lora_A), needs, x),
-)
+_ARGUMENTS = "Tensor x, Tensor[] lora_A, float dropout_p, Tensor? seed"
+_REFERENCES = lora_shrink_reference, lora_shrink_backward_reference
+lora_shrink_op = differentiable("lora_shrink", _ARGUMENTS, (0, 1), check.shrink, _fake, _REFERENCES)

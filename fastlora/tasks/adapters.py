@@ -36,7 +36,6 @@ def make_adapter(module, rank=default_rank, lora_alpha=None, init="zero", base=N
     if init == "original":
         for factor in names.to_tasks(kind.kind, adapter.lora_A, adapter.lora_B):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-    adapter.set_scale(1.0)
     return adapter
 
 

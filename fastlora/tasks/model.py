@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from fastlora.model import check_merge, find_targets, make_plain
-from fastlora.nn.bank import Bank, Owner, TaskAdapter, TaskProjection, Wrapped, Wrapper, escape
-from fastlora.nn.convert import check_convertible, convert
+from fastlora.nn.bank import Bank, Owner, TaskAdapter, Wrapped, Wrapper, escape, open_banks
 from fastlora.nn.fastpath import update_fast_paths
 from fastlora.nn.layer import LoRALayer, check_adapter
 from fastlora.nn.switch import selected, selection
@@ -41,14 +40,10 @@ class Model(Wrapper):
         found = find("", model, set()) if target_modules is None else find_targets(model, target_modules)
         found = {name: becomes_bank(modules[name]) for name in found}
         check.value(found, "model", f"a {type(model).__name__}", "a model with layers that can have adapters")
-        banks = [name for name, bank in found.items() if bank]
-        for name in banks:
-            check_convertible(name, modules, None)
-        for name in banks:
-            convert(modules[name], Bank)
-        for layer in model.modules():
-            if isinstance(layer, Bank):
-                layer.open(self.owner, lora_dropout)
+        banks = open_banks(model, [name for name, bank in found.items() if bank], self.owner, lora_dropout)
+        for layer in banks.values():
+            if layer.kind == "conv":
+                layer.form = "tasks"
         self.model = model
         wrapped = {id(modules[name]): Wrapped(modules[name], self.owner) for name, bank in found.items() if not bank}
         # under each of a module's names: ties stay
@@ -97,7 +92,7 @@ class Model(Wrapper):
             if init == "zero" and lora_alpha is None:
                 return made
             r = made.r
-        inside = isinstance(layer, TaskProjection)
+        inside = layer.kind == "projection"
         base = self.model.get_submodule(name.rpartition(".")[0]).out_proj.weight if inside else None
         return make_adapter(layer, default_rank if r is None else r, lora_alpha, init, base)
 

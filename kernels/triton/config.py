@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+FEW = 64  # tokens up to which a forward is one launch: a guess
+
 
 class Config(NamedTuple):
     """One program's rows, columns and reduction step, its warps and the depth of its load pipeline."""
@@ -42,6 +44,14 @@ def linear(M, N, itemsize, arch, sms):
     if cdiv(M, 128) * cdiv(N, 256) >= sms:
         return Config(128, 256, 64, 8, 3)
     return Config(128, 128, 64, 8, 3)
+
+
+def decode(M, itemsize, RP, aligned):
+    """Few tokens on the short side of the product; long steps of K, so that W streams, where registers allow them."""
+    BM = max(16, 1 << (M - 1).bit_length())
+    if itemsize == 4 or not aligned:
+        return Config(BM, 64, 32, 4, 3)
+    return Config(BM, 64, 128 if RP == 16 else 64, 4, 4)
 
 
 def shrink(M, itemsize, RP, aligned):

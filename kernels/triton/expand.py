@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from . import config, tile
-from .gate import gate, gate_backward
 
 
 @triton.jit
@@ -77,22 +76,26 @@ def _backward_plan(M, N, R, itemsize, device):
     return count, tall, config.cdiv(steps, count) * c.BN, (tall, count, wide), options
 
 
-def expand_backward(dy, z, g, b, need_t, need_db):
-    """(t (M, R) before the gate, db (N, R)), both fp32, of a matrix dy and b (N, R); None where not needed."""
-    (M, N), R = dy.shape, b.shape[1]
+def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
+    """(t = dy b (M, R) fp32, the gate of its rows, [dB], dscaling, dgates) of a matrix dy, those that are needed."""
+    need_t, need_b, *of_gate = needs
+    need_t = need_t or any(of_gate)
+    z2, b, g = tile.rows_of(z), tile.join(lora_B, 1), tile.gate(scaling, gates, ranks, z)
+    (M, N), R, t, db = dy.shape, b.shape[1], None, None
     if not (M and N and R):
-        return dy.new_zeros((M, R), dtype=torch.float32), dy.new_zeros((N, R), dtype=torch.float32)
-    if not (need_t or need_db):
-        return None, None
-    count, blocks, chunk, grid, options = _backward_plan(M, N, R, dy.element_size(), tile.device_of(dy))
-    t = tile.partial(count, (M, R), dy) if need_t else None
-    db = tile.partial(blocks, (N, R), dy) if need_db else None
-    tile.launch(
-        _expand_backward_kernel, grid, dy,
-        dy, z, g.rows, b, t, db, g.scale, M, N, R, *dy.stride(), *z.stride(), g.gm, g.gr, *b.stride(), chunk,
-        NEED_T=need_t, NEED_DB=need_db, **options,
-    )  # fmt: skip
-    return tile.total(t, count) if need_t else None, tile.total(db, blocks) if need_db else None
+        t, db = dy.new_zeros((M, R), dtype=torch.float32), dy.new_zeros((N, R), dtype=torch.float32)
+    elif need_t or need_b:
+        count, blocks, chunk, grid, options = _backward_plan(M, N, R, dy.element_size(), tile.device_of(dy))
+        t = tile.partial(count, (M, R), dy) if need_t else None
+        db = tile.partial(blocks, (N, R), dy) if need_b else None
+        tile.launch(
+            _expand_backward_kernel, grid, dy,
+            dy, z2, g.rows, b, t, db, g.scale, M, N, R, *dy.stride(), *z2.stride(), g.gm, g.gr, *b.stride(), chunk,
+            NEED_T=need_t, NEED_DB=need_b, **options,
+        )  # fmt: skip
+        t, db = tile.total(t, count), tile.total(db, blocks)
+    dB = tile.split(db, lora_B, 1) if need_b else []
+    return t, g, dB, *tile.gate_backward(t, z, scaling, gates, ranks, *of_gate)
 
 
 def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
@@ -104,7 +107,7 @@ def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
         return out
     if not R:
         return out.copy_(y)
-    g, (start, stop) = gate(scaling, gates, ranks, z), columns or (0, N)
+    g, (start, stop) = tile.gate(scaling, gates, ranks, z), columns or (0, N)
     grid, options = _plan(M, N, R, y.element_size())
     tile.launch(
         _expand_kernel, grid, y,
@@ -116,14 +119,9 @@ def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
 
 def lora_expand_backward(dy, z, lora_B, scaling, gates, ranks, columns, needs):
     """(dz, [dB], dscaling, dgates) of the outputs that are needed."""
-    need_z, need_b, need_scaling, need_gates = needs
     part = dy[..., columns[0] : columns[1]] if columns else dy
-    g = gate(scaling, gates, ranks, z)
-    need_t = need_z or need_scaling or need_gates
-    t, db_total = expand_backward(tile.rows_of(part), tile.rows_of(z), g, tile.join(lora_B, 1), need_t, need_b)
+    t, g, *grads = expand_backward(tile.rows_of(part), z, lora_B, scaling, gates, ranks, needs)
     dz = z.new_empty(0)
-    if need_z:
+    if needs[0]:
         dz = (t * g.scale if g.rows is None else t * g.scale * g.rows).to(z.dtype).view(z.shape)
-    db = tile.split(db_total, lora_B, 1) if need_b else []
-    t = z if t is None else t.view(z.shape)
-    return dz, db, *gate_backward(t, z, scaling, gates, ranks, need_scaling, need_gates)
+    return dz, *grads

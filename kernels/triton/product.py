@@ -2,6 +2,8 @@
 
 from functools import lru_cache
 
+import torch
+
 import triton
 import triton.language as tl
 
@@ -59,15 +61,17 @@ def _plan(M, N, K, R, itemsize, dropout, device):
     )  # fmt: skip
 
 
-def product(x, w, z, b, g, y, *, column_scale=None, bias=None, u=None, dropout_p=0.0, seed=None):
-    """y = x (M, K) · w (K, N) + (z ⊙ g) (M, R) · b (R, N) into the contiguous y, any strides elsewhere."""
+def product(x, w, z, b, g, shape, column_scale=None, bias=None, dropout_p=0.0, seed=None):
+    """(y, u = x (M, K) · w (K, N) + (z ⊙ g) (M, R) · b (R, N) or, without column_scale, None) of this shape."""
     (M, K), (R, N) = x.shape, b.shape
-    if not (M and N):
-        return
-    dropout_p = dropout_p if R else 0.0
-    grid, options = _plan(M, N, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
-    tile.launch(
-        _product_kernel, grid, x,
-        x, w, z, g.rows, b, column_scale, bias, u, y, *tile.dropout(dropout_p, seed), g.scale,
-        M, N, K, R, *x.stride(), *w.stride(), *z.stride(), g.gm, g.gr, b.stride(1), b.stride(0), **options,
-    )  # fmt: skip
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    u = None if column_scale is None else torch.empty_like(y)
+    if M and N:
+        dropout_p = dropout_p if R else 0.0
+        grid, options = _plan(M, N, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
+        tile.launch(
+            _product_kernel, grid, x,
+            x, w, z, g.rows, b, column_scale, bias, u, y, *tile.dropout(dropout_p, seed), g.scale,
+            M, N, K, R, *x.stride(), *w.stride(), *z.stride(), g.gm, g.gr, b.stride(1), b.stride(0), **options,
+        )  # fmt: skip
+    return y, u

@@ -155,20 +155,6 @@ def _plan(few, K, R, itemsize, slices):
     return block, chunk, dict(both, SPLITS=max(1, config.cdiv(K, chunk))), both | once
 
 
-_counters = {}
-
-
-def _tickets(count, x):
-    """Counters at zero, left at zero by every launch; a stream has its own, and so has every captured launch."""
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=x.device)
-    key = x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    found = _counters.get(key)
-    if found is None or len(found) < count:
-        found = _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
-    return found
-
-
 def lora_routed_forward(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
     """(y, z (n, k·R) fp32, zero beyond a rank): the base layer by ATen, then one launch for few tokens, else two."""
     (offsets, slots, order, tiles), (a, b, table, ranks, scales, columns) = route[:4], pages[:6]
@@ -179,7 +165,7 @@ def lora_routed_forward(x, weight, lora_A, lora_B, scaling, bias, route, gates, 
         blocks, chunk, shrink, expand = _plan(len(x2) <= FEW, K, R, x.element_size(), tuple(slices) or (N,))
         lists = tiles, order, offsets, slots, table, ranks, len(ranks), K, R, *a.stride()[:3], table.stride(0), k * R
         if not expand["SHRINK"]:
-            planes, tickets = z.new_empty(shrink["SPLITS"] * z.numel()), _tickets(len(tiles) * k, x)
+            planes, tickets = z.new_empty(shrink["SPLITS"] * z.numel()), tile.tickets(len(tiles) * k, x)
             arguments = x2, a, z, planes, tickets, *lists, chunk
             tile.launch(_routed_shrink_kernel, (len(tiles), k, shrink["SPLITS"]), x, *arguments, **shrink)
         arguments = y, z, x2, a, b, bias, gates, scales, columns, *lists, N, *b.stride()[:2]

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from . import config, tile
-from .gate import NONE
 from .product import product
 
 
@@ -83,16 +82,17 @@ def _plan(backward, M, K, R, itemsize, dropout, device):
     )  # fmt: skip
 
 
-def shrink(x, a, dropout_p, seed):
-    """z (M, R) fp32 of a matrix x."""
-    (M, K), R = x.shape, a.shape[0]
+def lora_shrink(x, lora_A, dropout_p, seed):
+    """z (…, R) in fp32."""
+    x2, a = tile.rows_of(x), tile.join(lora_A, 0)
+    (M, K), R = x2.shape, a.shape[0]
+    shape, dropout = (*x.shape[:-1], R), tile.dropout(dropout_p, seed)
     if not (M and R):
-        return x.new_empty((M, R), dtype=torch.float32)
+        return x.new_empty(shape, dtype=torch.float32)
     count, chunk, grid, options = _plan(False, M, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
     z = tile.partial(count, (M, R), x)
-    dropout = tile.dropout(dropout_p, seed)
-    tile.launch(_shrink_kernel, grid, x, x, a, z, *dropout, M, K, R, *x.stride(), *a.stride(), chunk, **options)
-    return tile.total(z, count)
+    tile.launch(_shrink_kernel, grid, x, x2, a, z, *dropout, M, K, R, *x2.stride(), *a.stride(), chunk, **options)
+    return tile.total(z, count).view(shape)
 
 
 def shrink_backward(z, g, x, dropout_p, seed):
@@ -110,19 +110,10 @@ def shrink_backward(z, g, x, dropout_p, seed):
     return tile.total(da, count)
 
 
-def lora_shrink(x, lora_A, dropout_p, seed):
-    """z (…, R) in fp32."""
-    a = tile.join(lora_A, 0)
-    return shrink(tile.rows_of(x), a, dropout_p, seed).view(*x.shape[:-1], a.shape[0])
-
-
 def lora_shrink_backward(dz, x, lora_A, dropout_p, seed, needs):
     """(dx, [dA]) of the outputs that are needed."""
     x2, dz2, a = tile.rows_of(x), tile.rows_of(dz), tile.join(lora_A, 0)
-    dx, da = x.new_empty(0), []
+    dx = x.new_empty(0)
     if needs[0]:
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        product(x2[:, :0], a[:0], dz2, a, NONE, dx, dropout_p=dropout_p, seed=seed)
-    if needs[1]:
-        da = tile.split(shrink_backward(dz2, NONE, x2, dropout_p, seed), lora_A, 0)
-    return dx, da
+        dx, _ = product(x2[:, :0], a[:0], dz2, a, tile.NO_GATE, x.shape, dropout_p=dropout_p, seed=seed)
+    return dx, tile.split(shrink_backward(dz2, tile.NO_GATE, x2, dropout_p, seed), lora_A, 0) if needs[1] else []

@@ -8,7 +8,7 @@ import torch
 from exactness import assert_accurate, poison
 
 import fastlora
-from fastlora.kernels import routed
+from fastlora.kernels import routed, tile
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 RANKS = (8, 3, 16, 0, 40, 1)
@@ -119,33 +119,20 @@ BUSY = dict(lists=[[(i % 3, 1.0), (4, 0.5)] for i in range(40)], K=600, slices=(
 @pytest.mark.skipif(harness.DEVICE != "cpu", reason="a GPU has an order of its own")
 def test_any_order_of_programs(monkeypatch):
     """The parts of K arrive in any order: the same bits, and the counters are zero again after every launch."""
-    from triton.runtime.interpreter import interpreter_builder as builder
-
-    c, rng, order = problem(**BUSY), torch.Generator().manual_seed(0), {}
-    set_index = builder.set_grid_idx
-
-    def shuffled(*index):
-        grid = tuple(builder.grid_dim)
-        if grid not in order:
-            places = torch.cartesian_prod(*map(torch.arange, grid)).view(-1, 3)
-            order[grid] = places[torch.randperm(len(places), generator=rng)].tolist()
-        x, y, z = index
-        set_index(*order[grid][(x * grid[1] + y) * grid[2] + z])
-
+    c = problem(**BUSY)
     want = launch(c)
-    for _ in range(2):
-        order.clear()
-        monkeypatch.setattr(builder, "set_grid_idx", shuffled)
+    for seed in range(2):
+        order = harness.shuffle_programs(monkeypatch, seed)
         got = launch(c)
         assert len(order) == 2 and torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-        assert not any(counters.any() for counters in routed._counters.values())
+        assert not any(counters.any() for counters in tile._counters.values())
 
 
 def test_only_the_last_adds(monkeypatch):
     """Counters that start one behind: no program is the last, so nobody adds the planes or resets a counter."""
     c = problem(**BUSY)
     tickets = harness.to_device(torch.full((len(c.route.tiles) * 2,), -1, dtype=torch.int32))
-    monkeypatch.setattr(routed, "_tickets", lambda count, x: tickets)
+    monkeypatch.setattr(tile, "tickets", lambda count, x: tickets)
     _, z = launch(c)
     assert z.isnan().all() and (tickets == tickets[0]).all() and tickets[0] > 0
 

@@ -37,6 +37,25 @@ def kept(seed, shape, p):
     return torch.from_numpy((lanes >= dropped).reshape(shape)), 65536 / (65536 - dropped) if dropped < 65536 else 0.0
 
 
+def shuffle_programs(monkeypatch, seed):
+    """The interpreter's programs run in another order from now on; {grid: the order} of what was launched."""
+    from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
+
+    rng, order = torch.Generator().manual_seed(seed), {}
+
+    def shuffled(builder, *index):
+        grid = tuple(builder.grid_dim)
+        if grid not in order:
+            places = torch.cartesian_prod(*map(torch.arange, grid)).view(-1, 3)
+            order[grid] = places[torch.randperm(len(places), generator=rng)].tolist()
+        x, y, z = index
+        builder.grid_idx = tuple(order[grid][(x * grid[1] + y) * grid[2] + z])
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", shuffled)
+    assert interpreter_builder.set_grid_idx.__func__ is shuffled
+    return order
+
+
 def strided(t):
     """The same values with no stride of 1."""
     wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype)

@@ -1,0 +1,108 @@
+// lora_linear, its halves lora_shrink and lora_expand, what their backward needs, and their backward; lora_dropout and
+// draw_seed.
+#include "ops.h"
+
+#include <ATen/ops/mm.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/sum.h>
+
+#include <limits>
+
+#include "products.h"
+
+namespace fastlora {
+namespace {
+
+LinearForward run(FASTLORA_LINEAR_ARGS, bool want_z) {
+  const auto& use = products(cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
+  const auto gate = make_gate(scaling, gates, ranks, total_rank(lora_A, 0), x, accumulate_type(x.scalar_type()));
+  Gated z{dropout_p > 0 ? use.project(x, lora_A, false, {dropout_p, seed}) : Tensor(), gate};
+  Product p{x, weight.size(0), x, weight, z, lora_B, true, {}, lora_A, want_z, column_scale, bias};
+  auto y = use.product(p);
+  return {y, z.z.defined() ? z.z : nothing(x), p.u.defined() ? p.u : nothing(x)};
+}
+
+}  // namespace
+
+Tensor lora_linear(FASTLORA_LINEAR_ARGS) { return std::get<0>(run(FASTLORA_LINEAR, false)); }
+LinearForward lora_linear_forward(FASTLORA_LINEAR_ARGS) { return run(FASTLORA_LINEAR, true); }
+
+LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
+  const auto& use = products(cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
+  const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, need_column] = needs;
+  const auto wide = accumulate_type(x.scalar_type());
+  const auto gate = make_gate(scaling, gates, ranks, z.size(-1), x, wide);
+  const Dropout dropout{dropout_p, seed};
+  auto dx = nothing(x), dweight = nothing(x), dscaling = nothing(x), dbias = nothing(x), dgates = nothing(x),
+       dcolumn = nothing(x);
+  Tensors dA, dB;
+  // DoRA: dy meets its columns' scale first; bias and scale have sums of their own
+  const auto dv = column_scale ? (dy.to(wide) * column_scale->to(wide)).to(x.scalar_type()) : dy;
+  if (need_x || need_A || need_scaling || need_gates) {
+    Gated t{use.project(dv, lora_B, true, {}), gate};
+    if (need_x) {
+      Product p{x, x.size(-1), dv, weight.t(), t, lora_A, false, dropout};
+      dx = use.product(p);
+    }
+    if (need_A) dA = use.outer(t, x, lora_A, false, dropout);
+    if (need_scaling || need_gates)
+      std::tie(dscaling, dgates) = gate_backward(flat(t.z) * flat(z), scaling, gates, ranks, x, need_scaling, need_gates);
+  }
+  if (need_B) dB = use.outer({z.contiguous(), gate}, dv, lora_B, true, {});
+  if (need_weight) dweight = at::mm(flat(dv).t(), flat(x));
+  if (need_bias) dbias = flat(dy).sum(0);
+  if (need_column) dcolumn = (flat(dy).to(wide) * flat(u)).sum(0).to(column_scale->scalar_type());
+  return {dx, dweight, dA, dB, dscaling, dbias, dgates, dcolumn};
+}
+
+Tensor lora_shrink(FASTLORA_SHRINK_ARGS) {
+  return products(cpu::takes(x, lora_A)).project(x, lora_A, false, {dropout_p, seed});
+}
+
+ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS) {
+  const auto& use = products(cpu::takes(x, lora_A));
+  const Gate one;
+  Gated t{dz.to(accumulate_type(x.scalar_type())).contiguous(), one};
+  Product p{x, x.size(-1), {}, {}, t, lora_A, false, {dropout_p, seed}};
+  return {needs[0] ? use.product(p) : nothing(x), needs[1] ? use.outer(t, x, lora_A, false, p.dropout) : Tensors()};
+}
+
+Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
+  const auto wide = accumulate_type(y.scalar_type());
+  const int64_t start = columns.empty() ? 0 : columns[0], stop = columns.empty() ? y.size(-1) : columns[1];
+  const auto gate = make_gate(scaling, gates, ranks, z.size(-1), y, wide);
+  Gated given{z.to(wide).contiguous(), gate};
+  Product p{y, stop - start, {}, {}, given, lora_B, true};
+  p.start = start;
+  return products(cpu::takes(y, lora_B)).product(p);
+}
+
+ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
+  const auto& use = products(cpu::takes(dy, lora_B));
+  const auto [need_z, need_B, need_scaling, need_gates] = needs;
+  const auto wide = accumulate_type(dy.scalar_type());
+  const auto gate = make_gate(scaling, gates, ranks, z.size(-1), dy, wide);
+  const auto dv = columns.empty() ? dy : flat(dy).narrow(1, columns[0], columns[1] - columns[0]);
+  const Gated kept{flat(z.to(wide)).contiguous(), gate};
+  auto dz = nothing(z), dscaling = nothing(z), dgates = nothing(z);
+  if (need_z || need_scaling || need_gates) {
+    const auto t = flat(use.project(dv, lora_B, true, {}));
+    if (need_z) dz = gate.times(t).to(z.scalar_type()).reshape(z.sizes());
+    if (need_scaling || need_gates)
+      std::tie(dscaling, dgates) = gate_backward(t * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
+  }
+  return {dz, need_B ? use.outer(kept, dv, lora_B, true, {}) : Tensors(), dscaling, dgates};
+}
+
+Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed) {
+  TORCH_CHECK_VALUE(check::dropout(dropout_p, seed, x), "fastlora: dropout_p, seed: got ", dropout_p, " and a ", seed.dim(),
+                    "-d tensor of type ", seed.scalar_type(), " on ", seed.device(),
+                    ", expected a number from 0 to 1 and a 0-d int64 tensor on ", x.device(), ", as x");
+  return cpu::dropout(x, dropout_p, seed);
+}
+
+Tensor draw_seed(const Tensor& x) {
+  return at::randint(0, std::numeric_limits<int64_t>::max(), {}, x.options().dtype(at::kLong));
+}
+
+}  // namespace fastlora

@@ -1,0 +1,61 @@
+"""The forward of few tokens, one launch with K split over programs, against float64."""
+
+import harness
+import pytest
+import torch
+from check_linear import compare, run
+from exactness import poison
+
+from fastlora.kernels import decode, linear, tile
+
+CASES = {
+    "one token": dict(lead=(1,), K=1000, N=70, ranks=(3,), bias=True),
+    "gates of tokens": dict(lead=(3, 7), K=520, N=130, ranks=(4, 8), gates="token", column_scale=True),
+    "fp32 adapters": dict(lead=(33,), K=384, N=64, ranks=(16,), adapters=torch.float32, gates="row"),
+    "transposed": dict(lead=(64,), K=300, N=65, ranks=(64,), layout="transposed", bias=True),
+    "strided": dict(lead=(5,), K=257, N=40, ranks=(1,), layout="strided"),
+}
+
+
+def forward(call):
+    c = harness.SimpleNamespace(**{name: harness.to_device(value) for name, value in vars(call).items()})
+    inputs = c.x, c.weight, c.lora_A, c.lora_B, c.scaling, c.bias, c.gates, c.ranks, c.column_scale, 0.0, None
+    return linear.lora_linear_forward(*inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_decode(case, dtype, monkeypatch):
+    launched = []
+    launch = tile.launch
+    monkeypatch.setattr(tile, "launch", lambda kernel, *args, **o: launched.append(o) or launch(kernel, *args, **o))
+    call = harness.problem(dtype=dtype, **CASES[case])
+    compare(call, run(call))
+    assert launched[0]["SPLITS"] > 1, "nothing was split"
+    assert not any(counters.any() for counters in tile._counters.values())
+
+
+@pytest.mark.skipif(harness.DEVICE != "cpu", reason="a GPU orders its programs itself")
+def test_any_order_of_programs(monkeypatch):
+    call = harness.problem(**CASES["gates of tokens"])
+    want = forward(call)
+    for seed in range(2):
+        order = harness.shuffle_programs(monkeypatch, seed)
+        got = forward(call)
+        assert len(order) == 1 and all(map(torch.equal, got, want))
+
+
+def test_only_the_last_adds(monkeypatch):
+    """Counters that start one behind: nobody is the last, so nothing is stored and no counter is reset."""
+    call = harness.problem(**CASES["one token"])
+    tickets = harness.to_device(torch.full((2,), -1, dtype=torch.int32))
+    monkeypatch.setattr(tile, "tickets", lambda count, x: tickets)
+    with poison():
+        y, z, _ = forward(call)
+    assert y.isnan().all() and z.isnan().all() and tickets[0] == tickets[1] > 0
+
+
+def test_what_fits():
+    """Few tokens with a rank that one tile holds; more of either takes two launches."""
+    assert decode.fits(1, 8, 1) and decode.fits(64, 8, 64)
+    assert not any(decode.fits(*shape) for shape in ((65, 8, 1), (0, 8, 1), (1, 8, 65), (1, 8, 0), (1, 0, 1)))
