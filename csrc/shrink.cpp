@@ -3,19 +3,23 @@
 
 #include <limits>
 
+#include "cuda.h"
 #include "ops.h"
-#include "products.h"
 
 namespace fastlora {
 
 Tensor lora_shrink(FASTLORA_SHRINK_ARGS) {
-  return products(cpu::takes(x, lora_A)).project(x, lora_A, false, {dropout_p, seed});
+  const Gate one;
+  Gated z{one};
+  const bool on_gpu = cuda::takes("lora_shrink", x, 0, total_rank(lora_A, 0));
+  products(on_gpu, cpu::takes(x, lora_A)).project(z, x, lora_A, false, {dropout_p, seed});
+  return z.z;
 }
 
 ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS) {
-  const auto& use = products(cpu::takes(x, lora_A));
+  const auto& use = products(cuda::takes("lora_shrink_backward", x, 0, dz.size(-1)), cpu::takes(x, lora_A));
   const Gate one;
-  Gated t{dz.to(accumulate_type(x.scalar_type())).contiguous(), one};
+  Gated t{one, dz.to(accumulate_type(x.scalar_type())).contiguous()};
   Product p{x, x.size(-1), {}, {}, t, lora_A, false, {dropout_p, seed}};
   return {needs[0] ? use.product(p) : nothing(x), needs[1] ? use.outer(t, x, lora_A, false, p.dropout) : Tensors()};
 }

@@ -7,14 +7,13 @@
 namespace fastlora::cpu {
 namespace {
 
-Tensor project(const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
+void project(Gated& g, const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
   const Rows rows(x);
   const Factors factors(f, last_is_rank);
   const auto R = total_rank(f, last_is_rank);
-  auto z = make(with_last(x.sizes(), R), x, at::kFloat);
+  g.z = make(with_last(x.sizes(), R), x, at::kFloat);
   run(Shrink{type_of(x), rows.M, rows.n, R, rows.data, rows.ld, factors.count(), factors.list.data(),
-             mask_of(d.p, d.seed, rows.n), z.data_ptr<float>()});
-  return z;
+             mask_of(d.p, d.seed, rows.n), g.z.data_ptr<float>()});
 }
 
 Tensors outer(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
