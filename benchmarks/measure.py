@@ -14,13 +14,14 @@ ROTATED_BYTES = 300e6
 
 def measure(case, device, methods, seconds):
     """The rows of a case, one a method."""
-    lists = _CALLS[type(case)](case, device, methods)
+    lists = CALLS[type(case)](case, device, methods)
     copies = len(lists["base"])
     calls = {m: functools.partial(_each, of) if copies > 1 else of[0] for m, of in lists.items()}
     with torch.inference_mode(getattr(case, "mode", "forward") != "training"):
-        timing = time_cuda(calls, copies) if device == "cuda" else time_cpu(calls, seconds)
+        graphs = getattr(case, "graphs", True)
+        timing = time_cuda(calls, copies, graphs=graphs) if device == "cuda" else time_cpu(calls, seconds)
         memory = {m: peak_bytes(call, device) for m, call in calls.items()}
-    return [_row(case, m, timing, memory[m]) for m in methods]
+    return [_row(case, m, timing, memory[m]) for m in methods if m in calls]
 
 
 def _each(calls):
@@ -99,6 +100,7 @@ def _mixture_calls(case, device, methods):
     return mixtures.calls(case, device, methods)
 
 
-_CALLS = {
+# benchmarks/gpu.py adds its own.
+CALLS = {
     LinearCase: _linear_calls, DecodeCase: _decode_calls, LayerCase: variants.calls, MixtureCase: _mixture_calls,
 }  # fmt: skip

@@ -1,7 +1,6 @@
 """SmolLM2-135M-Instruct, with the same adapters in every library: used by the benchmark and by the demo."""
 
 import contextlib
-import copy
 import importlib.util
 import inspect
 import io
@@ -19,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 import fastlora
+
+from .layers import twin
 
 # transformers' and PEFT's, about each other's names
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -42,12 +43,6 @@ def load(dtype=torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     return model.eval().requires_grad_(False), tokenizer
-
-
-def twin(model):
-    """A copy of the modules that shares every parameter and buffer."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo=shared)
 
 
 def adapted(model, method, r=16, alpha=16):

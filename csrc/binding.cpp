@@ -1,12 +1,13 @@
 // The Python module, and the registration of all kernels.
 #include <ATen/autocast_mode.h>
-#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <memory>
 
 #include "cpu/cpu.h"
+#include "cuda.h"
 #include "ops.h"
 
 namespace fastlora {
@@ -95,5 +96,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_name", [] { return fastlora::cpu::cpu().name; },
         "The form of the CPU kernels that runs here.");
   m.def("register_ops", fastlora::register_ops, "Register the kernels with torch's dispatcher, once.");
+  m.def("load_cuda", fastlora::cuda::load, "Open the library of CUDA kernels; what went wrong, or nothing.");
+  m.def("pin_gpu", fastlora::cuda::pin, "What FASTLORA_GPU says: kernels, where there are, composed, or nothing.");
+  m.def("cuda_statuses", [] { return fastlora::cuda::statuses; });
+  m.def("cuda_objection", fastlora::cuda::objection, "Why the kernels of a status do not run; empty where they do.");
   m.def("pin_elsewhere", [](bool on) { fastlora::pinned_elsewhere = on; }, "Send every op to a back-end in Python.");
 }

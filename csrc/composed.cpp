@@ -7,6 +7,16 @@
 #include "products.h"
 
 namespace fastlora::composed {
+
+// One product for all: for a lone rank row BLAS takes a matrix-vector form, whose sums are less exact.
+Tensor joined(TensorList f, bool last_is_rank, int64_t n, const Tensor& like) {
+  if (f.empty()) return at::empty({0, n}, like.options());
+  Tensors parts;
+  for (const auto& t : f) parts.push_back(t.to(like.scalar_type()));
+  const auto all = parts.size() == 1 ? parts[0] : at::cat(parts, last_is_rank);
+  return last_is_rank ? all.t() : all;
+}
+
 namespace {
 
 // a b in the accumulation dtype, for operands of one dtype
@@ -20,20 +30,9 @@ Tensor dropped(const Tensor& x, const Dropout& d) {
   return d.p == 0 ? x : call<"fastlora::lora_dropout", Tensor(const Tensor&, double, const Tensor&)>(x, d.p, *d.seed);
 }
 
-// All factors as one [R, n] in the type of `like`. One product for all: for a lone rank row BLAS takes a matrix-vector
-// form, whose sums are less exact.
-Tensor joined(TensorList f, bool last_is_rank, int64_t n, const Tensor& like) {
-  if (f.empty()) return at::empty({0, n}, like.options());
-  Tensors parts;
-  for (const auto& t : f) parts.push_back(t.to(like.scalar_type()));
-  const auto all = parts.size() == 1 ? parts[0] : at::cat(parts, last_is_rank);
-  return last_is_rank ? all.t() : all;
-}
-
-Tensor project(const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
-  const auto rows = dropped(flat(x), d);
-  const auto z = mm_wide(rows, joined(f, last_is_rank, rows.size(1), rows).t());
-  return z.reshape(with_last(x.sizes(), z.size(1)));
+void project(Gated& z, const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
+  const auto rows = dropped(flat(x), d), found = mm_wide(rows, joined(f, last_is_rank, rows.size(1), rows).t());
+  z.z = found.reshape(with_last(x.sizes(), found.size(1)));
 }
 
 Tensors outer(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
@@ -51,7 +50,7 @@ Tensors outer(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, 
 
 Tensor product(Product& p) {
   const auto dtype = p.like.scalar_type(), wide = accumulate_type(dtype);
-  if (!p.z.z.defined()) p.z.z = project(p.x, p.a, false, {});
+  if (!p.z.z.defined()) project(p.z, p.x, p.a, false, {});
   const auto zg = p.z.in(dtype), f = joined(p.f, p.last_is_rank, p.N, zg);
   if (p.start) {
     auto out = at::empty(p.like.sizes(), p.like.options()).copy_(p.like);

@@ -8,15 +8,18 @@
 
 #include <limits>
 
-#include "products.h"
+#include "cuda.h"
 
 namespace fastlora {
 namespace {
 
 LinearForward run(FASTLORA_LINEAR_ARGS, bool want_z) {
-  const auto& use = products(cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
-  const auto gate = make_gate(scaling, gates, ranks, total_rank(lora_A, 0), x, accumulate_type(x.scalar_type()));
-  Gated z{dropout_p > 0 ? use.project(x, lora_A, false, {dropout_p, seed}) : Tensor(), gate};
+  const auto R = total_rank(lora_A, 0);
+  const auto& use = products(cuda::takes("lora_linear_forward", x, weight.size(0), R),
+                             cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
+  const auto gate = make_gate(scaling, gates, ranks, R, x, accumulate_type(x.scalar_type()));
+  Gated z{gate};
+  if (dropout_p > 0) use.project(z, x, lora_A, false, {dropout_p, seed});
   Product p{x, weight.size(0), x, weight, z, lora_B, true, {}, lora_A, want_z, column_scale, bias};
   auto y = use.product(p);
   return {y, z.z.defined() ? z.z : nothing(x), p.u.defined() ? p.u : nothing(x)};
@@ -28,7 +31,8 @@ Tensor lora_linear(FASTLORA_LINEAR_ARGS) { return std::get<0>(run(FASTLORA_LINEA
 LinearForward lora_linear_forward(FASTLORA_LINEAR_ARGS) { return run(FASTLORA_LINEAR, true); }
 
 LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
-  const auto& use = products(cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
+  const auto& use = products(cuda::takes("lora_linear_backward", x, weight.size(0), z.size(-1)),
+                             cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, need_column] = needs;
   const auto wide = accumulate_type(x.scalar_type());
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), x, wide);
@@ -39,7 +43,8 @@ LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
   // DoRA: dy meets its columns' scale first; bias and scale have sums of their own
   const auto dv = column_scale ? (dy.to(wide) * column_scale->to(wide)).to(x.scalar_type()) : dy;
   if (need_x || need_A || need_scaling || need_gates) {
-    Gated t{use.project(dv, lora_B, true, {}), gate};
+    Gated t{gate};
+    use.project(t, dv, lora_B, true, {});
     if (need_x) {
       Product p{x, x.size(-1), dv, weight.t(), t, lora_A, false, dropout};
       dx = use.product(p);
@@ -48,7 +53,7 @@ LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
     if (need_scaling || need_gates)
       std::tie(dscaling, dgates) = gate_backward(flat(t.z) * flat(z), scaling, gates, ranks, x, need_scaling, need_gates);
   }
-  if (need_B) dB = use.outer({z.contiguous(), gate}, dv, lora_B, true, {});
+  if (need_B) dB = use.outer({gate, z.contiguous()}, dv, lora_B, true, {});
   if (need_weight) dweight = at::mm(flat(dv).t(), flat(x));
   if (need_bias) dbias = flat(dy).sum(0);
   if (need_column) dcolumn = (flat(dy).to(wide) * flat(u)).sum(0).to(column_scale->scalar_type());
@@ -56,13 +61,17 @@ LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
 }
 
 Tensor lora_shrink(FASTLORA_SHRINK_ARGS) {
-  return products(cpu::takes(x, lora_A)).project(x, lora_A, false, {dropout_p, seed});
+  const Gate one;
+  Gated z{one};
+  const auto& use = products(cuda::takes("lora_shrink", x, 0, total_rank(lora_A, 0)), cpu::takes(x, lora_A));
+  use.project(z, x, lora_A, false, {dropout_p, seed});
+  return z.z;
 }
 
 ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS) {
-  const auto& use = products(cpu::takes(x, lora_A));
+  const auto& use = products(cuda::takes("lora_shrink_backward", x, 0, dz.size(-1)), cpu::takes(x, lora_A));
   const Gate one;
-  Gated t{dz.to(accumulate_type(x.scalar_type())).contiguous(), one};
+  Gated t{one, dz.to(accumulate_type(x.scalar_type())).contiguous()};
   Product p{x, x.size(-1), {}, {}, t, lora_A, false, {dropout_p, seed}};
   return {needs[0] ? use.product(p) : nothing(x), needs[1] ? use.outer(t, x, lora_A, false, p.dropout) : Tensors()};
 }
@@ -71,25 +80,27 @@ Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
   const auto wide = accumulate_type(y.scalar_type());
   const int64_t start = columns.empty() ? 0 : columns[0], stop = columns.empty() ? y.size(-1) : columns[1];
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), y, wide);
-  Gated given{z.to(wide).contiguous(), gate};
+  Gated given{gate, z.to(wide).contiguous()};
   Product p{y, stop - start, {}, {}, given, lora_B, true};
   p.start = start;
-  return products(cpu::takes(y, lora_B)).product(p);
+  return products(false, cpu::takes(y, lora_B)).product(p);
 }
 
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
-  const auto& use = products(cpu::takes(dy, lora_B));
+  const auto& use = products(cuda::takes("lora_expand_backward", dy, 0, z.size(-1)), cpu::takes(dy, lora_B));
   const auto [need_z, need_B, need_scaling, need_gates] = needs;
   const auto wide = accumulate_type(dy.scalar_type());
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), dy, wide);
   const auto dv = columns.empty() ? dy : flat(dy).narrow(1, columns[0], columns[1] - columns[0]);
-  const Gated kept{flat(z.to(wide)).contiguous(), gate};
+  const Gated kept{gate, flat(z.to(wide)).contiguous()};
   auto dz = nothing(z), dscaling = nothing(z), dgates = nothing(z);
   if (need_z || need_scaling || need_gates) {
-    const auto t = flat(use.project(dv, lora_B, true, {}));
-    if (need_z) dz = gate.times(t).to(z.scalar_type()).reshape(z.sizes());
+    Gated t{gate};
+    use.project(t, dv, lora_B, true, {});
+    const auto rows = flat(t.z);
+    if (need_z) dz = gate.times(rows).to(z.scalar_type()).reshape(z.sizes());
     if (need_scaling || need_gates)
-      std::tie(dscaling, dgates) = gate_backward(t * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
+      std::tie(dscaling, dgates) = gate_backward(rows * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
   }
   return {dz, need_B ? use.outer(kept, dv, lora_B, true, {}) : Tensors(), dscaling, dgates};
 }

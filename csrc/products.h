@@ -32,8 +32,8 @@ struct Dropout {
 
 // z g, or t g. Our kernels apply the gate where they read z; ATen takes a rounded product, which is made once.
 struct Gated {
-  Tensor z;   // (..., R), contiguous, in the accumulation dtype
   const Gate& gate;
+  Tensor z = {};   // (..., R), contiguous, in the accumulation dtype
   mutable Tensor product = {};
 
   const Tensor& in(at::ScalarType dtype) const {
@@ -59,14 +59,19 @@ struct Product {
 };
 
 struct Products {
-  // D(x) fT: z, or t = dv b
-  Tensor (*project)(const Tensor& x, TensorList f, bool last_is_rank, const Dropout&);
+  // D(x) fT, z or t = dv b, into z.z
+  void (*project)(Gated& z, const Tensor& x, TensorList f, bool last_is_rank, const Dropout&);
   // (t g)T D(x) of each factor, in its shape and dtype
   Tensors (*outer)(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, const Dropout&);
   Tensor (*product)(Product&);
 };
 
 namespace composed {
+extern const Products products;
+// All factors as one [R, n] in the type of `like`.
+Tensor joined(TensorList f, bool last_is_rank, int64_t n, const Tensor& like);
+}  // namespace composed
+namespace cuda {
 extern const Products products;
 }
 namespace cpu {
@@ -76,7 +81,9 @@ bool takes(const Tensor& x, TensorList adapters);
 Tensor dropout(const Tensor& x, double p, const Tensor& seed);
 }  // namespace cpu
 
-inline const Products& products(bool ours) { return ours ? cpu::products : composed::products; }
+inline const Products& products(bool on_gpu, bool ours) {
+  return on_gpu ? cuda::products : ours ? cpu::products : composed::products;
+}
 
 // What an op returns for a gradient that is not needed: a tensor each, since outputs of an op share no memory.
 inline Tensor nothing(const Tensor& like) {

@@ -10,8 +10,10 @@ import functools
 import importlib
 import os
 import warnings
+from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 NAMES = ("reference", "native", "triton")
 BUILD = "python -m fastlora build   (or: pip install --no-build-isolation <the source folder of fastlora-kernels>)"
@@ -43,6 +45,32 @@ def native():
         return None, f"fastlora._C was built for torch {built} and this is {running}; build it again with: {BUILD}"
     module.register_ops()
     return module, None
+
+
+@functools.cache
+def cuda_missing():
+    """None, or why the library of CUDA kernels is not there; the first call opens it."""
+    module, missing = native()
+    path = Path(os.environ.get("FASTLORA_CUDA_LIBRARY") or Path(__file__).with_name("_cuda.so"))
+    if missing or not path.exists():
+        return missing or f"{path.name} was not built; on a machine with nvcc: FASTLORA_CUDA=1 {BUILD}"
+    return module.load_cuda(str(path)) or None
+
+
+def gpu_form(op, args):
+    """What `native` runs an op by on a GPU, and why; None where it has no choice."""
+    module, op = native()[0], _firsts.get(op, op)
+    if not module or _device(args) != "cuda":
+        return None
+    x = args[op in ("lora_linear_backward", "lora_shrink_backward")]
+    sizes = [x.shape[:-1].numel(), *(n for t in tree_leaves(args) if isinstance(t, torch.Tensor) for n in t.shape)]
+    reasons = {}
+    for row in (row for row in module.cuda_statuses() if row[0] == op):
+        major, minor = (0, 0) if cuda_missing() else torch.cuda.get_device_capability(x.device)
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        reasons[row[1]] = cuda_missing() or module.cuda_objection(row, sizes, half, 10 * major + minor, None)
+    chosen = next((f"CUDA C++: {kernels}" for kernels, why in reasons.items() if not why), None)
+    return chosen or (f"composed of ATen calls; {'; '.join(reasons.values())}" if reasons else None)
 
 
 def _triton(op):
@@ -150,6 +178,9 @@ def use_backend(name):
 
 
 def pin_from_environment():
-    """Honour FASTLORA_BACKEND; called once the ops are declared."""
+    """Honour FASTLORA_BACKEND and FASTLORA_GPU; called once the ops are declared."""
+    if native()[0]:
+        cuda_missing()
+        native()[0].pin_gpu(os.environ.get("FASTLORA_GPU", ""))
     if os.environ.get("FASTLORA_BACKEND"):
         _pin(os.environ["FASTLORA_BACKEND"], "FASTLORA_BACKEND")

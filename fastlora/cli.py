@@ -46,6 +46,7 @@ def info():
         "CPU": f"{module.cpu_name()}{' (FASTLORA_CPU)' if forced else ''}" if module else "plain torch, for want of _C",
         "Triton": _triton(),
         "CUDA": _cuda(),
+        "CUDA C++": backends.cuda_missing() or f"there; FASTLORA_GPU={os.environ.get('FASTLORA_GPU', '')}",
     }
 
 

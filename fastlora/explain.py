@@ -12,7 +12,10 @@ from fastlora.ops import check
 
 
 class Explanation:
-    """What `explain` found: `calls` holds (where, op, back-end or None, {back-end: objection or None})."""
+    """What `explain` found: `calls` holds (where, op, back-end or None, {back-end: objection or None}).
+
+    Beside the back-end that runs stands what it runs on a GPU, where it has a choice.
+    """
 
     def __init__(self, calls):
         self.calls = calls
@@ -21,7 +24,7 @@ class Explanation:
         lines = []
         for where, op, chosen, reasons in self.calls:
             lines.append(f"{where}{op}: {chosen or 'no back-end takes this call'}")
-            lines += [f"    {name}: {why}" for name, why in reasons.items() if name != chosen]
+            lines += [f"    {name}: {why}" for name, why in reasons.items() if why]
         return "\n".join(lines) or "no fastlora op runs here"
 
 
@@ -31,6 +34,8 @@ def _reasons(op, args):
     chosen = next((name for name in asked if why[name] is None), None)
     for name in why.keys() - {chosen}:
         why[name] = why[name] or (f"it comes after {chosen}" if name in asked else backends.passed_over())
+    if chosen == "native":
+        why[chosen] = backends.gpu_form(op, args)
     return chosen, why
 
 

@@ -138,7 +138,7 @@ def test_instruction_set_files_define_nothing_that_others_may_link():
 
 def test_device_code_does_not_include_torch():
     for path in files():
-        if path.is_relative_to("kernels/cuda"):
+        if path.is_relative_to("tests/cuda/kernels"):
             assert not [n for n in included(ROOT / path, set()) if n.startswith(TORCH)], path
 
 

@@ -84,6 +84,68 @@ def test_required_extension(source, tmp_path):
     assert done.returncode != 0 and not names
 
 
+NVCC = """#!/bin/sh
+case "$*" in
+*--list-gpu-arch*) echo "compute_75 {archs}" ;;
+*--version*) echo "release 1.2, V1.2.3" ;;
+*) {compile} ;;
+esac
+"""
+COMPILES = 'while [ "$1" != -o ]; do shift; done; echo made >"$2"'
+
+
+def build_cuda(tmp_path, archs="compute_80 compute_90", compile=COMPILES, **variables):
+    """(output, status, the library) of a build in a fresh copy of the sources, by an nvcc that only says it is one."""
+    for name in ("setup.py", "kernels"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(NVCC.format(archs=archs, compile=compile))
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "FASTLORA_NO_EXT": "1", "FASTLORA_REQUIRE_EXT": ""}
+    command, environment = [sys.executable, "setup.py", "-q", "build_cuda"], environment | variables
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    return done.stdout + done.stderr, done.returncode, tmp_path / "fastlora" / "_cuda.so"
+
+
+def test_cuda_library(tmp_path):
+    said, status, library = build_cuda(tmp_path, FASTLORA_CUDA="1")
+    assert status == 0 and library.read_text() == "made\n", said
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"FASTLORA_CUDA": "0"}, "FASTLORA_CUDA=0"),
+        ({"FASTLORA_CUDA": "", "PATH": "/nowhere"}, "no NVIDIA driver is here"),
+        ({"archs": "compute_90"}, "does not compile for sm_80"),
+        ({"compile": "echo 42 errors; exit 1"}, "42 errors"),
+    ],
+)
+@pytest.mark.parametrize("required", ["", "1"])
+def test_no_cuda_library(tmp_path, options, sentence, required):
+    """It is said, an older library is removed, and it is an error only where both variables ask for it."""
+    if options.get("FASTLORA_CUDA") == "" and Path("/dev/nvidiactl").exists():
+        pytest.skip("there is a driver")
+    (tmp_path / "fastlora").mkdir()
+    (tmp_path / "fastlora" / "_cuda.so").touch()
+    options = {"FASTLORA_CUDA": "1", "FASTLORA_REQUIRE_EXT": required, **options}
+    said, status, library = build_cuda(tmp_path, **options)
+    assert sentence in said
+    failed = bool(required) and options["FASTLORA_CUDA"] == "1"
+    assert (status != 0) == failed and library.exists() == failed
+
+
+def test_cuda_library_in_the_wheel(source, tmp_path):
+    """Where the extension is built or fails to; without either there is no caller."""
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(NVCC.format(archs="compute_80", compile=COMPILES))
+    nvcc.chmod(0o755)
+    done, names = wheel(source, tmp_path, CC="false", CXX="false", CUDA_HOME=str(tmp_path), FASTLORA_CUDA="1")
+    assert done.returncode == 0 and "fastlora/_cuda.so" in names, done.stdout
+
+
 def test_version():
     assert metadata.version("fastlora-kernels") == fastlora.__version__
     assert f"## {fastlora.__version__}" in (ROOT / "CHANGELOG.md").read_text()

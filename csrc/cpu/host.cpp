@@ -139,13 +139,12 @@ void run(Gemm p, const Tensor& x, const Tensor& w, const Tensor& out) {
   at::addmm_out(y, y, flat(x), w.t(), started ? 1 : 0);
 }
 
-Tensor project(const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
+void project(Gated& g, const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
   const Rows rows(x);
   const Factors factors(f, last_is_rank);
-  auto z = make(with_last(x.sizes(), factors.R), x, at::kFloat);
+  g.z = make(with_last(x.sizes(), factors.R), x, at::kFloat);
   run({type_of(x), rows.M, rows.n, factors.R, rows.data, rows.ld, factors.count(), factors.list.data(), mask_of(d, rows.n),
-       z.data_ptr<float>()});
-  return z;
+       g.z.data_ptr<float>()});
 }
 
 Tensors outer(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {

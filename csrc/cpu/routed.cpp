@@ -103,7 +103,7 @@ void for_parts(const Adapters& c, int64_t columns, F&& f) {
 
 Tensor base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   const Gate one;
-  Gated none{at::empty({x.numel() / x.size(-1), 0}, x.options().dtype(at::kFloat)), one};
+  Gated none{one, at::empty({x.numel() / x.size(-1), 0}, x.options().dtype(at::kFloat))};
   Product p{x, weight.size(0), x, weight, none, {}, true, {}, {}, false, {}, bias};
   return products.product(p);
 }
@@ -186,7 +186,7 @@ std::optional<RoutedBackward> run_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
       const auto& own = tokens[e];
       const bool together = own.back() - own.front() == m - 1 && std::is_sorted(own.begin(), own.end());
       const auto mine = together ? rows.narrow(0, own.front(), m) : rows.index_select(0, at::tensor(own));
-      return products.outer({of(from), one}, mine, adapter, last_is_rank, {})[0];
+      return products.outer({one, of(from)}, mine, adapter, last_is_rank, {})[0];
     };
     if (need_A) dA.push_back(grad(t, x2, lora_A[e], false));
     if (need_B) dB.push_back(grad(zg, dy2, lora_B[e], true));

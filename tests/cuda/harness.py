@@ -24,7 +24,7 @@ from fastlora.ops.dropout import dropout_mask, philox
 
 ROOT = Path(__file__).parents[2]
 # Mutants of the kernels lie elsewhere.
-KERNELS = Path(os.environ.get("FASTLORA_CUDA_KERNELS", ROOT / "kernels" / "cuda"))
+KERNELS = Path(os.environ.get("FASTLORA_CUDA_KERNELS", Path(__file__).with_name("kernels")))
 EMULATOR = Path(__file__).parent / "emulate"
 CACHE, KEPT = ROOT / "build" / "cuda", 200  # files
 # More than a wrong row or column jumps over.

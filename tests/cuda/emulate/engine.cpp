@@ -289,6 +289,7 @@ extern "C" {
 void emulate_seed(uint64_t s) { emulate::seed = s; }
 uint64_t emulate_conflicts() { return emulate::take_conflicts(); }
 uint64_t emulate_shared() { return emulate::dynamic_bytes; }
+uint64_t emulate_launches() { return emulate::launch_number; }
 void emulate_forget() { emulate::buffers.clear(); }
 void emulate_buffer(const char* start, size_t bytes, int writable, int device) {
   emulate::Buffer b{bytes, writable != 0, device, {}};

@@ -129,6 +129,8 @@ struct Routed_expandParams {
 };
 
 extern "C" const char* fastlora_error(int status);
+// Of the current device: 80, 90 …, and how many multiprocessors it has.
+extern "C" int fastlora_device(int* architecture, int* multiprocessors);
 extern "C" int launch_linear(const LinearParams* params, void* stream);
 extern "C" int launch_shrink(const ShrinkParams* params, void* stream);
 extern "C" long long fastlora_shrink_counters(long long m, long long ranks);

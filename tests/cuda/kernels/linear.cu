@@ -133,3 +133,13 @@ extern "C" const char* fastlora_error(int status) {
   if (status >= FASTLORA_CUDA) return cudaGetErrorString(static_cast<cudaError_t>(status - FASTLORA_CUDA));
   return status >= 0 && status <= FASTLORA_WORKSPACE ? sentences[status] : "an unknown status";
 }
+
+extern "C" int fastlora_device(int* architecture, int* multiprocessors) {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return FASTLORA_NO_DEVICE;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  const int error = cudaDeviceGetAttribute(multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  *architecture = 10 * major + minor;
+  return error ? FASTLORA_CUDA + error : FASTLORA_OK;
+}

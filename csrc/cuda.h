@@ -1,0 +1,28 @@
+// The kernels of tests/cuda/kernels, which lie in a library of their own: what has been seen of them, and when they run.
+#pragma once
+#include <string>
+
+#include "products.h"
+
+namespace fastlora::cuda {
+
+// An op, its kernels, the architecture (80, 90) on which they ran and were faster, or 0, and from how many to how many rows.
+using Status = std::tuple<std::string, std::string, int, int64_t, int64_t>;
+// docs/gpu-status.md says the same.
+inline const std::vector<Status> statuses = {
+    {"lora_linear_forward", "shrink_kernel, linear_kernel", 0, 0, 0},
+    {"lora_linear_backward", "shrink_kernel (t), linear_kernel (dx)", 0, 0, 0},
+    {"lora_shrink", "shrink_kernel", 0, 0, 0},
+    {"lora_shrink_backward", "linear_kernel (dx)", 0, 0, 0},
+    {"lora_expand_backward", "shrink_kernel (t)", 0, 0, 0},
+};
+
+// Why these kernels do not run this, empty where they do. sizes: M, N, K, R; form: as for pin(), nothing for what is pinned.
+std::string objection(const Status&, const std::vector<int64_t>& sizes, bool half, int architecture,
+                      const std::optional<std::string>& form);
+bool takes(const char* op, const Tensor& x, int64_t N, int64_t R);
+
+std::string load(const std::string& path);   // opens the library and says what went wrong
+void pin(const std::string& form);           // what FASTLORA_GPU says: composed, kernels, or nothing
+
+}  // namespace fastlora::cuda

@@ -1,0 +1,218 @@
+"""What lies between the ops and the CUDA kernels (csrc/cuda.cpp), on CPU tensors: the emulator's library is the GPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+from exactness import poison, strided, transposed
+
+from fastlora import backends, lora_expand, lora_linear, lora_shrink
+
+native = backends.native()[0]
+pytestmark = [
+    pytest.mark.skipif(native is None, reason="fastlora._C is not built"),
+    pytest.mark.skipif(harness.DEVICE != "cpu", reason="the emulator takes the GPU's place"),
+]
+SEED = torch.tensor(harness.SEED)
+
+
+@pytest.fixture(params=harness.MODES)
+def emulated(request):
+    """The emulator's library, in which CUDA kernels run on CPU tensors; `launches()` counts since it was asked last."""
+    library = harness.build(request.param)
+    assert native.load_cuda(str(library)) == ""
+    native.pin_gpu("kernels")
+    count, before = harness.Library(library).library.emulate_launches, 0
+
+    def launches():
+        nonlocal before
+        seen, before = count() - before, count()
+        return seen
+
+    launches()
+    with poison():
+        yield launches
+    native.pin_gpu("")
+    assert "cannot open shared object file" in native.load_cuda("/nowhere")
+
+
+def arguments(m=20, n=40, k=72, ranks=(8,), dtype=torch.bfloat16, adapter=None, seed=0):
+    """(x, w, lora_A, lora_B) of -1, 0 and 1: every sum is exact in bf16, in any order."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randint(-1, 2, shape, generator=rng).to(dtype)
+
+    A = tuple(draw(r, k).to(adapter or dtype) for r in ranks)
+    return draw(m, k), draw(n, k), A, tuple(draw(n, r).to(adapter or dtype) for r in ranks)
+
+
+def result(call, *inputs, dy=None):
+    """(y, gradients) of call(*inputs), where `inputs` may be lists of tensors."""
+    flat = [t.detach().requires_grad_() for i in inputs for t in (i if isinstance(i, tuple) else (i,))]
+    leaves = iter(flat)
+    y = call(*(tuple(next(leaves) for _ in i) if isinstance(i, tuple) else next(leaves) for i in inputs))
+    grads = torch.autograd.grad(y, flat, torch.ones_like(y) if dy is None else dy(y), allow_unused=True)
+    return [y.detach(), *(g for g in grads if g is not None)]
+
+
+def same(call, *inputs, dy=None):
+    """The kernels and the composed form agree to the bit."""
+    mine = result(call, *inputs, dy=dy)
+    native.pin_gpu("composed")
+    theirs = result(call, *inputs, dy=dy)
+    native.pin_gpu("kernels")
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+CASES = {
+    "plain": {},
+    "fp16": dict(dtype=torch.float16),
+    "fp32 masters": dict(adapter=torch.float32),
+    "two adapters": dict(ranks=(8, 3)),
+    "no adapter": dict(ranks=()),
+    "no rank": dict(ranks=(0,)),
+    "one of each": dict(m=1, n=1, k=1, ranks=(1,)),
+    "split along K": dict(m=70, k=1100),
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_linear(emulated, options):
+    x, w, A, B = arguments(**options)
+    several = dict(ranks=[a.shape[0] for a in A]) if len(A) > 1 else {}
+    y = result(lambda x, w, A, B: lora_linear(x, w, A, B, scaling=0.5, **several), x, w, A, B)
+    assert emulated() == (4 if sum(a.shape[0] for a in A) else 2)
+    same(lambda x, w, A, B: lora_linear(x, w, A, B, scaling=0.5, **several), x, w, A, B)
+    assert y[0].shape == (len(x), len(w))
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_dropout(emulated, p):
+    """In the forward x is masked, in the backward dx."""
+    x, w, A, B = arguments()
+    y = result(lambda x, A: lora_linear(x, w, A, B, dropout_p=p, training=True, seed=SEED), x, A)
+    assert emulated() == 4
+    same(lambda x, A: lora_linear(x, w, A, B, dropout_p=p, training=True, seed=SEED), x, A)
+    kept = harness.mask((1, 20 * 72), p).view(20, 72)
+    z = torch.where(kept, x * (2 if p < 1 else 0), 0).float() @ A[0].float().t()
+    assert torch.equal(y[0], (x.float() @ w.float().t() + z.bfloat16().float() @ B[0].float().t()).bfloat16())
+
+
+def test_bias_columns_gates(emulated):
+    x, w, A, B = arguments(ranks=(8, 3))
+    more = dict(bias=torch.arange(40).bfloat16(), column_scale=torch.full((40,), 2.0).bfloat16(), ranks=[8, 3])
+    for gates in (torch.tensor([2.0, 0.5]), torch.ones(20, 2) * torch.tensor([0.5, 2.0])):
+        same(lambda x, w, A, B, gates=gates: lora_linear(x, w, A, B, gates=gates, **more), x, w, A, B)
+    assert emulated() == 8
+
+
+@pytest.mark.parametrize("layout", [strided, transposed], ids=["strided", "transposed"])
+def test_layouts(emulated, layout):
+    """Of x, dy and the adapters any."""
+    x, w, A, B = arguments()
+    given = layout(x), w, (layout(A[0]),), (layout(B[0]),)
+    same(lambda x, w, A, B: lora_linear(x, w, A, B), *given, dy=lambda y: layout(y.sign()))
+    assert emulated() == 4
+    same(lambda x, A: lora_linear(x.expand(2, 20, 72), w, A, B), x, A, dy=lambda y: y.new_ones(()).expand(y.shape))
+    assert emulated() == 4
+
+
+def test_weights_across(emulated):
+    x, w, A, B = arguments()
+    same(lambda x, A: lora_linear(x, transposed(w), A, B), x, A)
+    assert emulated() == 4
+    same(lambda x, A: lora_linear(x, strided(w), A, B), x, A)
+    assert emulated() == 1, "t alone"
+
+
+def test_other_ops(emulated):
+    x, w, A, B = arguments()
+    same(lambda x, A: lora_shrink(x, A), x, A)
+    assert emulated() == 2
+    same(lambda x, A: lora_shrink(x, A, dropout_p=0.5, training=True, seed=SEED), x, A)
+    assert emulated() == 2
+    y, z = torch.zeros(20, 40).bfloat16(), torch.ones(20, 8)
+    same(lambda y, z, B: lora_expand(y, z, B), y, z, B)
+    assert emulated() == 1, "t"
+
+
+def test_what_is_not_taken(emulated):
+    for dtype in (torch.float32, torch.float64):
+        same(lambda x, w, A, B: lora_linear(x, w, A, B), *arguments(dtype=dtype))
+    same(lambda x, w, A, B: lora_linear(x, w, A, B), *arguments(m=0))
+    assert emulated() == 0
+    y = lora_linear(*arguments(n=0))
+    assert y.shape == (20, 0)
+
+
+def test_inference_keeps_no_z(emulated):
+    x, w, A, B = arguments()
+    with torch.inference_mode():
+        y = lora_linear(x, w, A, B)
+    assert emulated() == 2
+    assert torch.equal(y, lora_linear(x, w, A, B))
+
+
+def test_the_same_bits_again(emulated):
+    """Counters and parts of a split sum are fresh in each call."""
+    torch.manual_seed(0)
+    x, A = torch.randn(70, 1100).bfloat16(), (torch.randn(8, 1100).bfloat16(),)
+    first = lora_shrink(x, A)
+    assert torch.equal(first, lora_shrink(x, A))
+    torch.testing.assert_close(first, x.float() @ A[0].float().t(), rtol=1e-4, atol=1e-3)
+
+
+STUB = """#include "params.h"
+extern "C" const char* fastlora_error(int status) { return status == FASTLORA_WORKSPACE ? "too small" : ""; }
+extern "C" int fastlora_device(int* architecture, int* count) { return *architecture = *count = 80, 0; }
+extern "C" int launch_linear(const LinearParams*, void*) { return FASTLORA_WORKSPACE; }
+extern "C" int launch_shrink(const ShrinkParams*, void*) { return FASTLORA_WORKSPACE; }
+extern "C" void emulate_buffer(const char*, size_t, int, int) {}
+"""
+
+
+@pytest.fixture
+def library(tmp_path):
+    """Loads a library made of some C++."""
+
+    def load(text):
+        source, made = tmp_path / "stub.cpp", tmp_path / f"stub{len(list(tmp_path.iterdir()))}.so"
+        source.write_text("#include <cstddef>\n" + text)
+        subprocess.run(["g++", "-shared", "-fPIC", f"-I{harness.KERNELS}", source, "-o", made], check=True)
+        return native.load_cuda(str(made))
+
+    yield load
+    native.load_cuda("/nowhere")
+    native.pin_gpu("")
+
+
+def test_a_refusal_is_an_error(library):
+    counters = 'extern "C" long long fastlora_shrink_counters(long long, long long) { return 1; }\n'
+    assert library(STUB + counters) == ""
+    native.pin_gpu("kernels")
+    with pytest.raises(RuntimeError, match="a CUDA kernel refused: too small"):
+        lora_linear(*arguments())
+
+
+def test_an_incomplete_library_is_not_used(library):
+    assert "fastlora_shrink_counters" in library(STUB)
+    native.pin_gpu("kernels")
+    x, w, A, B = arguments()
+    assert torch.equal(lora_linear(x, w, A, B), result(lambda x: lora_linear(x, w, A, B), x)[0])
+
+
+def test_the_ops_own_tests():
+    """Values and gradients of the op's every case, by the error rule, in a process whose GPU is the emulator."""
+    library = str(harness.build("plain"))
+    env = {**os.environ, "FASTLORA_CUDA_LIBRARY": library, "FASTLORA_GPU": "kernels", "OMP_NUM_THREADS": "1"}
+    command = [Path(sys.executable).with_name("pytest"), "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "native and values_and_gradients and float16", harness.ROOT / "tests/ops/test_linear.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=harness.ROOT)
+    assert done.returncode == 0 and re.search(r"^\d\d+ passed", done.stdout, re.M), done.stdout[-4000:]
