@@ -107,7 +107,7 @@ def test_dropout(emulated, p):
 
 def test_bias_columns_gates(emulated):
     x, w, A, B = arguments(ranks=(8, 3))
-    more = dict(bias=torch.arange(40).bfloat16(), column_scale=torch.full((40,), 2.0).bfloat16(), ranks=[8, 3])
+    more = dict(bias=strided(torch.arange(40).bfloat16()), column_scale=torch.full((40,), 2.0).bfloat16(), ranks=[8, 3])
     for gates in (torch.tensor([2.0, 0.5]), torch.ones(20, 2) * torch.tensor([0.5, 2.0])):
         same(lambda x, w, A, B, gates=gates: lora_linear(x, w, A, B, gates=gates, **more), x, w, A, B)
     assert emulated() == 8
