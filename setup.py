@@ -25,7 +25,8 @@ REQUIRED = os.environ.get("FASTLORA_REQUIRE_EXT") == "1"
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 # packages whose source lies elsewhere
 PLACES = {"fastlora.kernels": "kernels/triton", "fastlora.serve": "examples/serve"}
-CUDA = sorted(glob("tests/cuda/kernels/*"))
+CUDA_FOLDER = "tests/cuda/kernels"
+CUDA = sorted(glob(f"{CUDA_FOLDER}/*"))
 CUDA_LIBRARY, CUDA_ARCHITECTURES = "_cuda.so", (80, 90)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -164,7 +165,7 @@ def compile_cuda(target):
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1) as pool:
         made = list(pool.map(compile_one, (source for source in CUDA if source.endswith(".cu"))))
     linked = objects / CUDA_LIBRARY
-    if not (linked.exists() and all(os.path.getmtime(f) < os.path.getmtime(linked) for f in [*made, "tests/cuda/kernels"])):
+    if not (linked.exists() and all(os.path.getmtime(f) < os.path.getmtime(linked) for f in [*made, CUDA_FOLDER])):
         run(nvcc, "-shared", "-cudart=static", *made, "-o", linked)
     target.parent.mkdir(parents=True, exist_ok=True)
     # through another name: a process that has the old one loaded keeps it

@@ -17,6 +17,17 @@ Tensor joined(TensorList f, bool last_is_rank, int64_t n, const Tensor& like) {
   return last_is_rank ? all.t() : all;
 }
 
+Tensors cut(const Tensor& sum, TensorList f, bool last_is_rank) {
+  Tensors grads;
+  int64_t start = 0;
+  for (const auto& factor : f) {
+    const auto part = sum.narrow(last_is_rank, start, factor.size(last_is_rank));
+    grads.push_back(at::empty(part.sizes(), factor.options()).copy_(part));   // outputs of an op share no memory
+    start += factor.size(last_is_rank);
+  }
+  return grads;
+}
+
 namespace {
 
 // a b in the accumulation dtype, for operands of one dtype
@@ -38,14 +49,7 @@ void project(Gated& z, const Tensor& x, TensorList f, bool last_is_rank, const D
 Tensors outer(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
   const auto rows = dropped(flat(x), d), tg = t.in(x.scalar_type());
   const auto sum = last_is_rank ? mm_wide(rows.t(), tg) : mm_wide(tg.t(), rows);
-  Tensors grads;
-  int64_t start = 0;
-  for (const auto& factor : f) {
-    const auto part = sum.narrow(last_is_rank, start, factor.size(last_is_rank));
-    grads.push_back(at::empty(part.sizes(), factor.options()).copy_(part));   // outputs of an op share no memory
-    start += factor.size(last_is_rank);
-  }
-  return grads;
+  return cut(sum, f, last_is_rank);
 }
 
 Tensor product(Product& p) {

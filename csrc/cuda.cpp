@@ -14,16 +14,15 @@ namespace fastlora::cuda {
 namespace {
 
 #define FUNCTIONS(DO) \
-  DO(launch_linear) DO(launch_shrink) DO(fastlora_shrink_counters) DO(fastlora_device) DO(fastlora_error)
+  DO(launch_linear) DO(launch_shrink) DO(launch_decode) DO(launch_shrink_backward) DO(fastlora_shrink_counters) \
+  DO(fastlora_decode_counters) DO(fastlora_shrink_backward_counters) DO(fastlora_device) DO(fastlora_error)
 #define MEMBER(name) decltype(&::name) name = nullptr;
 struct Library {
   FUNCTIONS(MEMBER)
-  // of the emulator: which memory is the device's
-  void (*forget)() = nullptr;
+  void (*forget)() = nullptr;   // and the next, of the emulator: which memory is the device's
   void (*buffer)(const void*, size_t, int, int) = nullptr;
 } library;
 std::string pinned;
-
 constexpr int64_t LARGEST = INT32_MAX - 1024;
 
 // One launch, on the device and the current stream of x.
@@ -31,6 +30,7 @@ struct Launch {
   c10::DeviceGuard guard;
   void* stream = nullptr;
   int architecture = 0, multiprocessors = 0;
+  Tensor partial, arrived, bias, c;   // what is made for the launch alone
 
   explicit Launch(const Tensor& x) : guard(x.device()) {
     if (x.is_cuda()) stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
@@ -45,10 +45,28 @@ struct Launch {
     return data;
   }
   Matrix rows(const Tensor& t) { return {at(t), t.stride(0)}; }
-  template <class P> void operator()(int (*launch)(const P*, void*), P& p, at::ScalarType type, const Dropout& dropout) {
+  // Cuts a sum of `length` elements so that each multiprocessor has `blocks` to do, of 256 elements at least.
+  template <class P> void split(P& p, int64_t blocks, int64_t tiles, int64_t length, int64_t floats, const Tensor& like) {
+    const int64_t fill = blocks * multiprocessors / std::max<int64_t>(tiles, 1);
+    p.splits = int(std::clamp<int64_t>(fill, 1, std::max<int64_t>(length / 256, 1)));
+    if (p.splits == 1) return;
+    partial = at::empty({tiles * p.splits * floats}, like.options().dtype(at::kFloat));
+    arrived = at::zeros({tiles}, like.options().dtype(at::kInt));
+    p.partial = static_cast<float*>(at(partial)), p.partials = partial.numel();
+    p.arrived = static_cast<unsigned*>(at(arrived)), p.counters = tiles;
+  }
+  template <class P> void gate(P& p, const Gate& g, int64_t R) {
+    p.scale = float(g.scalar);
+    if (g.rows.defined()) p.g = {at(g.rows), g.rows.dim() == 2 ? R : 0};
+  }
+  template <class P> void epilogue(P& p, const Product& q) {
+    if (q.bias) p.bias = at(bias = q.bias->contiguous());
+    if (q.column_scale) p.column_scale = static_cast<float*>(at(c = q.column_scale->to(at::kFloat).contiguous()));
+  }
+  template <class P> void operator()(int (*launch)(const P*, void*), P& p, at::ScalarType type, const Dropout& d = {}) {
     p.type = type == at::kHalf ? FASTLORA_FP16 : FASTLORA_BF16;
-    p.dropped = int(std::nearbyint(dropout.p * 65536));
-    if (dropout.p > 0) p.seed = static_cast<const long long*>(at(*dropout.seed));
+    if constexpr (requires { p.seed; }) p.dropped = int(std::nearbyint(d.p * 65536));
+    if constexpr (requires { p.seed; }) p.seed = d.p > 0 ? static_cast<const long long*>(at(*d.seed)) : nullptr;
     check(launch(&p, stream));
   }
 };
@@ -58,51 +76,71 @@ Tensor with_rows(const Tensor& t) { return has_rows(t) ? t : t.contiguous(); }
 
 void project(Gated& z, const Tensor& given, TensorList f, bool last_is_rank, const Dropout& dropout) {
   const auto x = with_rows(flat(given)), a = with_rows(composed::joined(f, last_is_rank, x.size(1), x));
-  const int64_t M = x.size(0), K = x.size(1), R = a.size(0), counters = library.fastlora_shrink_counters(M, R);
-  const auto wide = x.options().dtype(at::kFloat);
-  const auto zs = at::empty({M, R}, wide), zg = at::empty({M, R}, x.options());
+  const int64_t M = x.size(0), K = x.size(1), R = a.size(0);
+  const auto zs = at::empty({M, R}, x.options().dtype(at::kFloat)), zg = at::empty({M, R}, x.options());
   Launch launch(x);
-  // three blocks to a multiprocessor, of four steps along K at least
-  const int64_t fill = 3 * launch.multiprocessors / std::max<int64_t>(counters, 1);
-  const int64_t splits = std::clamp<int64_t>(fill, 1, std::max<int64_t>(K / 256, 1)), tiles = splits > 1 ? counters : 0;
-  const auto partial = at::empty({tiles * splits * FASTLORA_TILE}, wide), arrived = at::zeros({tiles}, wide.dtype(at::kInt));
   ShrinkParams p{};
-  p.x = launch.rows(x), p.z = launch.rows(zs), p.zg = launch.rows(zg), p.scale = float(z.gate.scalar);
-  if (z.gate.rows.defined()) p.g = {launch.at(z.gate.rows), z.gate.rows.dim() == 2 ? R : 0};
-  p.parts[0] = {launch.rows(a), 0, R, 0, 0}, p.count = 1, p.m = M, p.k = K, p.splits = int(splits);
-  p.partial = static_cast<float*>(launch.at(partial)), p.partials = partial.numel();
-  p.arrived = static_cast<unsigned*>(launch.at(arrived)), p.counters = tiles;
+  p.x = launch.rows(x), p.z = launch.rows(zs), p.zg = launch.rows(zg);
+  launch.gate(p, z.gate, R);
+  p.parts[0] = {launch.rows(a), 0, R, 0, 0}, p.count = 1, p.m = M, p.k = K;
+  launch.split(p, 3, library.fastlora_shrink_counters(M, R), K, FASTLORA_TILE, x);
   launch(library.launch_shrink, p, x.scalar_type(), dropout);
   z.z = zs.reshape(with_last(given.sizes(), R)), z.product = zg;
+}
+
+// (t g)ᵀ D(x), cut into one gradient for each factor.
+Tensors outer(const Gated& t, const Tensor& given, TensorList f, bool last_is_rank, const Dropout& dropout) {
+  const auto x = with_rows(flat(given)), tg = t.in(x.scalar_type());
+  const auto sum = at::empty({tg.size(1), x.size(1)}, x.options().dtype(at::kFloat));
+  Launch launch(x);
+  Shrink_backwardParams p{};
+  p.x = launch.rows(x), p.dz = launch.rows(tg), p.m = x.size(0), p.k = x.size(1), p.fp32_da = 1, p.count = 1;
+  p.parts[0] = {launch.rows(sum), 0, tg.size(1), 0, 0};
+  launch.split(p, 2, library.fastlora_shrink_backward_counters(p.k, tg.size(1)), p.m, 2 * FASTLORA_TILE, x);
+  launch(library.launch_shrink_backward, p, x.scalar_type(), dropout);
+  return composed::cut(last_is_rank ? sum.t() : sum, f, last_is_rank);
+}
+
+// One launch for few tokens, whose z nobody wants. w [N, K] and a lie along K, b along the ranks.
+Tensor decode(const Product& q, const Tensor& x, const Tensor& w) {
+  const auto a = with_rows(composed::joined(q.a, false, x.size(1), x));
+  const auto b = with_rows(composed::joined(q.f, true, q.N, x).t()), y = at::empty({x.size(0), q.N}, x.options());
+  Launch launch(x);
+  DecodeParams p{};
+  p.x = launch.rows(x), p.w = launch.rows(w), p.y = launch.rows(y), p.m = x.size(0), p.n = q.N, p.k = x.size(1);
+  p.parts[0] = {launch.rows(a), 0, a.size(0), 0, q.N}, p.b[0] = launch.rows(b), p.count = 1;
+  launch.gate(p, q.z.gate, a.size(0));
+  launch.epilogue(p, q);
+  launch.split(p, 3, library.fastlora_decode_counters(1, q.N), p.k, FASTLORA_TILE, x);
+  launch(library.launch_decode, p, x.scalar_type());
+  return y.reshape(with_last(q.like.sizes(), q.N));
 }
 
 Tensor product(Product& q) {
   const bool base = q.x.defined(), across = base ? !has_rows(q.w) : !q.last_is_rank;   // w lies, and so must b
   const auto w = base && across ? q.w.t() : q.w;
   if (q.start || (base && !has_rows(w))) return composed::products.product(q);
-  if (!q.z.z.defined()) project(q.z, q.x, q.a, false, {});
+  if (!q.z.z.defined()) {
+    if (!q.want_z && !across && rows_of(q.x) <= 64) return decode(q, with_rows(flat(q.x)), w);
+    project(q.z, q.x, q.a, false, {});
+  }
   const auto type = q.like.scalar_type();
   const auto zg = q.z.in(type), f = composed::joined(q.f, q.last_is_rank, q.N, zg), b = with_rows(across ? f : f.t());
   const auto x = base ? with_rows(flat(q.x)) : zg, y = at::empty({zg.size(0), q.N}, zg.options());
-  Tensor bias, c, u;
   Launch launch(x);
   LinearParams p{};
   if (base) p.x = launch.rows(x), p.w = launch.rows(w), p.k = x.size(1);
   p.z = launch.rows(zg), p.y = launch.rows(y), p.m = y.size(0), p.n = q.N, p.transposed = across;
   p.parts[0] = {launch.rows(b), 0, zg.size(1), 0, q.N}, p.count = 1;
-  if (q.bias) p.bias = launch.at(bias = q.bias->contiguous());
-  if (q.column_scale) {
-    p.column_scale = static_cast<const float*>(launch.at(c = q.column_scale->to(at::kFloat).contiguous()));
-    p.u = launch.rows(u = at::empty(y.sizes(), y.options()));
-    q.u = u.reshape(with_last(q.like.sizes(), q.N));
-  }
+  launch.epilogue(p, q);
+  if (q.column_scale) p.u = launch.rows(flat(q.u = at::empty(with_last(q.like.sizes(), q.N), y.options())));
   launch(library.launch_linear, p, type, q.dropout);
   return y.reshape(with_last(q.like.sizes(), q.N));
 }
 
 }  // namespace
 
-const Products products = {project, composed::products.outer, product};
+const Products products = {project, outer, product};
 
 std::string objection(const Status& status, const std::vector<int64_t>& sizes, bool half, int architecture,
                       const std::optional<std::string>& given) {
@@ -116,7 +154,7 @@ std::string objection(const Status& status, const std::vector<int64_t>& sizes, b
   return c10::str(kernels, ": faster on sm_", ran_on, " for ", from, " to ", to, " rows");
 }
 
-bool takes(const char* op, const Tensor& x, int64_t N, int64_t R) {
+bool takes(const char* op, const Tensor& x) {
   static const bool ran = std::any_of(statuses.begin(), statuses.end(), [](const Status& s) { return std::get<2>(s); });
   if (!library.fastlora_device || (pinned.empty() && !ran) || !(x.is_cuda() || library.buffer) || !x.numel()) return false;
   const c10::DeviceGuard guard(x.device());
@@ -124,7 +162,7 @@ bool takes(const char* op, const Tensor& x, int64_t N, int64_t R) {
   if (library.fastlora_device(&architecture, &multiprocessors)) return false;
   const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
   return std::any_of(statuses.begin(), statuses.end(), [&](const Status& s) {
-    return std::get<0>(s) == op && objection(s, {rows_of(x), N, x.size(-1), R}, half, architecture, {}).empty();
+    return std::get<0>(s) == op && objection(s, {rows_of(x), x.size(-1)}, half, architecture, {}).empty();
   });
 }
 

@@ -10,17 +10,17 @@ namespace fastlora::cuda {
 using Status = std::tuple<std::string, std::string, int, int64_t, int64_t>;
 // docs/gpu-status.md says the same.
 inline const std::vector<Status> statuses = {
-    {"lora_linear_forward", "shrink_kernel, linear_kernel", 0, 0, 0},
-    {"lora_linear_backward", "shrink_kernel (t), linear_kernel (dx)", 0, 0, 0},
+    {"lora_linear_forward", "decode_kernel (64 rows or fewer, no gradients) or shrink_kernel, linear_kernel", 0, 0, 0},
+    {"lora_linear_backward", "shrink_kernel (t), linear_kernel (dx), shrink_backward_kernel (dA, dB)", 0, 0, 0},
     {"lora_shrink", "shrink_kernel", 0, 0, 0},
-    {"lora_shrink_backward", "linear_kernel (dx)", 0, 0, 0},
-    {"lora_expand_backward", "shrink_kernel (t)", 0, 0, 0},
+    {"lora_shrink_backward", "linear_kernel (dx), shrink_backward_kernel (dA)", 0, 0, 0},
+    {"lora_expand_backward", "shrink_kernel (t), shrink_backward_kernel (dB)", 0, 0, 0},
 };
 
-// Why these kernels do not run this, empty where they do. sizes: M, N, K, R; form: as for pin(), nothing for what is pinned.
+// Why these kernels do not run this, empty where they do. sizes: M first; form: as for pin(), nothing for what is pinned.
 std::string objection(const Status&, const std::vector<int64_t>& sizes, bool half, int architecture,
                       const std::optional<std::string>& form);
-bool takes(const char* op, const Tensor& x, int64_t N, int64_t R);
+bool takes(const char* op, const Tensor& x);
 
 std::string load(const std::string& path);   // opens the library and says what went wrong
 void pin(const std::string& form);           // what FASTLORA_GPU says: composed, kernels, or nothing

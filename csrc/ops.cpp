@@ -14,10 +14,9 @@ namespace fastlora {
 namespace {
 
 LinearForward run(FASTLORA_LINEAR_ARGS, bool want_z) {
-  const auto R = total_rank(lora_A, 0);
-  const auto& use = products(cuda::takes("lora_linear_forward", x, weight.size(0), R),
-                             cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
-  const auto gate = make_gate(scaling, gates, ranks, R, x, accumulate_type(x.scalar_type()));
+  const bool ours = cpu::takes(x, lora_A) && cpu::takes(weight, lora_B);
+  const auto& use = products(cuda::takes("lora_linear_forward", x), ours);
+  const auto gate = make_gate(scaling, gates, ranks, total_rank(lora_A, 0), x, accumulate_type(x.scalar_type()));
   Gated z{gate};
   if (dropout_p > 0) use.project(z, x, lora_A, false, {dropout_p, seed});
   Product p{x, weight.size(0), x, weight, z, lora_B, true, {}, lora_A, want_z, column_scale, bias};
@@ -31,8 +30,8 @@ Tensor lora_linear(FASTLORA_LINEAR_ARGS) { return std::get<0>(run(FASTLORA_LINEA
 LinearForward lora_linear_forward(FASTLORA_LINEAR_ARGS) { return run(FASTLORA_LINEAR, true); }
 
 LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
-  const auto& use = products(cuda::takes("lora_linear_backward", x, weight.size(0), z.size(-1)),
-                             cpu::takes(x, lora_A) && cpu::takes(weight, lora_B));
+  const bool ours = cpu::takes(x, lora_A) && cpu::takes(weight, lora_B);
+  const auto& use = products(cuda::takes("lora_linear_backward", x), ours);
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates, need_column] = needs;
   const auto wide = accumulate_type(x.scalar_type());
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), x, wide);
@@ -61,17 +60,14 @@ LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
 }
 
 Tensor lora_shrink(FASTLORA_SHRINK_ARGS) {
-  const Gate one;
-  Gated z{one};
-  const auto& use = products(cuda::takes("lora_shrink", x, 0, total_rank(lora_A, 0)), cpu::takes(x, lora_A));
-  use.project(z, x, lora_A, false, {dropout_p, seed});
+  Gated z{Gate{}};
+  products(cuda::takes("lora_shrink", x), cpu::takes(x, lora_A)).project(z, x, lora_A, false, {dropout_p, seed});
   return z.z;
 }
 
 ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS) {
-  const auto& use = products(cuda::takes("lora_shrink_backward", x, 0, dz.size(-1)), cpu::takes(x, lora_A));
-  const Gate one;
-  Gated t{one, dz.to(accumulate_type(x.scalar_type())).contiguous()};
+  const auto& use = products(cuda::takes("lora_shrink_backward", x), cpu::takes(x, lora_A));
+  Gated t{Gate{}, dz.to(accumulate_type(x.scalar_type())).contiguous()};
   Product p{x, x.size(-1), {}, {}, t, lora_A, false, {dropout_p, seed}};
   return {needs[0] ? use.product(p) : nothing(x), needs[1] ? use.outer(t, x, lora_A, false, p.dropout) : Tensors()};
 }
@@ -87,7 +83,7 @@ Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
 }
 
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
-  const auto& use = products(cuda::takes("lora_expand_backward", dy, 0, z.size(-1)), cpu::takes(dy, lora_B));
+  const auto& use = products(cuda::takes("lora_expand_backward", dy), cpu::takes(dy, lora_B));
   const auto [need_z, need_B, need_scaling, need_gates] = needs;
   const auto wide = accumulate_type(dy.scalar_type());
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), dy, wide);
@@ -97,10 +93,9 @@ ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
   if (need_z || need_scaling || need_gates) {
     Gated t{gate};
     use.project(t, dv, lora_B, true, {});
-    const auto rows = flat(t.z);
-    if (need_z) dz = gate.times(rows).to(z.scalar_type()).reshape(z.sizes());
+    if (need_z) dz = gate.times(flat(t.z)).to(z.scalar_type()).reshape(z.sizes());
     if (need_scaling || need_gates)
-      std::tie(dscaling, dgates) = gate_backward(rows * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
+      std::tie(dscaling, dgates) = gate_backward(flat(t.z) * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
   }
   return {dz, need_B ? use.outer(kept, dv, lora_B, true, {}) : Tensors(), dscaling, dgates};
 }

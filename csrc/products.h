@@ -70,6 +70,8 @@ namespace composed {
 extern const Products products;
 // All factors as one [R, n] in the type of `like`.
 Tensor joined(TensorList f, bool last_is_rank, int64_t n, const Tensor& like);
+// One gradient of each factor, in its dtype, from one of all.
+Tensors cut(const Tensor& sum, TensorList f, bool last_is_rank);
 }  // namespace composed
 namespace cuda {
 extern const Products products;

@@ -59,18 +59,18 @@ def cuda_missing():
 
 def gpu_form(op, args):
     """What `native` runs an op by on a GPU, and why; None where it has no choice."""
-    module, op = native()[0], _firsts.get(op, op)
-    if not module or _device(args) != "cuda":
+    module, op = native()[0], f"{op}_forward" if (f"{op}_forward", "reference") in _implementations else op
+    row = next((row for row in module.cuda_statuses() if row[0] == op), None) if module else None
+    if not row or _device(args) != "cuda":
         return None
     x = args[op in ("lora_linear_backward", "lora_shrink_backward")]
     sizes = [x.shape[:-1].numel(), *(n for t in tree_leaves(args) if isinstance(t, torch.Tensor) for n in t.shape)]
-    reasons = {}
-    for row in (row for row in module.cuda_statuses() if row[0] == op):
-        major, minor = (0, 0) if cuda_missing() else torch.cuda.get_device_capability(x.device)
+    why = cuda_missing()
+    if not why:
+        major, minor = torch.cuda.get_device_capability(x.device)
         half = x.dtype in (torch.bfloat16, torch.float16)
-        reasons[row[1]] = cuda_missing() or module.cuda_objection(row, sizes, half, 10 * major + minor, None)
-    chosen = next((f"CUDA C++: {kernels}" for kernels, why in reasons.items() if not why), None)
-    return chosen or (f"composed of ATen calls; {'; '.join(reasons.values())}" if reasons else None)
+        why = module.cuda_objection(row, sizes, half, 10 * major + minor, None)
+    return f"composed of ATen calls; {why}" if why else f"CUDA C++: {row[1]}"
 
 
 def _triton(op):

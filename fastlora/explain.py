@@ -12,10 +12,7 @@ from fastlora.ops import check
 
 
 class Explanation:
-    """What `explain` found: `calls` holds (where, op, back-end or None, {back-end: objection or None}).
-
-    Beside the back-end that runs stands what it runs on a GPU, where it has a choice.
-    """
+    """What `explain` found: `calls` holds (where, op, back-end or None, {back-end: why not, or its form on a GPU})."""
 
     def __init__(self, calls):
         self.calls = calls

@@ -39,7 +39,9 @@ def lorahub_learning(lora_module_list, example_inputs, example_outputs, max_infe
     inputs = encode(model, tokenizer, example_inputs, example_outputs)
     options |= {"steps": max_inference_step, "seed": seed, "progress": progress}
     if get_loss is None:
-        row_losses = _class_losses if _kind(model) == "classifier" else None
+        row_losses = None if _kind(model) != "classifier" else (
+            lambda outputs, given: F.cross_entropy(outputs.logits.float(), given["labels"], reduction="none")
+        )  # fmt: skip
         result = search(model, adapters, inputs, row_losses, mode=mode, regular=get_regular, batch_size=batch_size,
                         **options)  # fmt: skip
     else:
@@ -138,10 +140,6 @@ def _kind(model):
     if getattr(model.config, "is_encoder_decoder", False):
         return "seq2seq"
     return "causal" if hasattr(model, "can_generate") and model.can_generate() else "classifier"
-
-
-def _class_losses(outputs, inputs):
-    return F.cross_entropy(outputs.logits.float(), inputs["labels"], reduction="none")
 
 
 def _folder(source):

@@ -82,9 +82,9 @@ def explained(monkeypatch, missing, form):
     "missing, form, sentence",
     [
         ("it was not built", "", "native: composed of ATen calls; it was not built"),
-        (None, "", "native: composed of ATen calls; shrink_kernel, linear_kernel: never run on a GPU"),
+        (None, "", "or shrink_kernel, linear_kernel: never run on a GPU"),
         (None, "composed", "native: composed of ATen calls; FASTLORA_GPU=composed"),
-        (None, "kernels", "native: CUDA C++: shrink_kernel, linear_kernel"),
+        (None, "kernels", "native: CUDA C++: decode_kernel"),
     ],
 )
 def test_explain_says_which_form_and_why(monkeypatch, missing, form, sentence):

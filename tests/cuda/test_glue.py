@@ -88,7 +88,7 @@ def test_linear(emulated, options):
     x, w, A, B = arguments(**options)
     several = dict(ranks=[a.shape[0] for a in A]) if len(A) > 1 else {}
     y = result(lambda x, w, A, B: lora_linear(x, w, A, B, scaling=0.5, **several), x, w, A, B)
-    assert emulated() == (4 if sum(a.shape[0] for a in A) else 2)
+    assert emulated() == (6 if sum(a.shape[0] for a in A) else 2)
     same(lambda x, w, A, B: lora_linear(x, w, A, B, scaling=0.5, **several), x, w, A, B)
     assert y[0].shape == (len(x), len(w))
 
@@ -98,7 +98,7 @@ def test_dropout(emulated, p):
     """In the forward x is masked, in the backward dx."""
     x, w, A, B = arguments()
     y = result(lambda x, A: lora_linear(x, w, A, B, dropout_p=p, training=True, seed=SEED), x, A)
-    assert emulated() == 4
+    assert emulated() == 5
     same(lambda x, A: lora_linear(x, w, A, B, dropout_p=p, training=True, seed=SEED), x, A)
     kept = harness.mask((1, 20 * 72), p).view(20, 72)
     z = torch.where(kept, x * (2 if p < 1 else 0), 0).float() @ A[0].float().t()
@@ -110,7 +110,7 @@ def test_bias_columns_gates(emulated):
     more = dict(bias=strided(torch.arange(40).bfloat16()), column_scale=torch.full((40,), 2.0).bfloat16(), ranks=[8, 3])
     for gates in (torch.tensor([2.0, 0.5]), torch.ones(20, 2) * torch.tensor([0.5, 2.0])):
         same(lambda x, w, A, B, gates=gates: lora_linear(x, w, A, B, gates=gates, **more), x, w, A, B)
-    assert emulated() == 8
+    assert emulated() == 12
 
 
 @pytest.mark.parametrize("layout", [strided, transposed], ids=["strided", "transposed"])
@@ -119,28 +119,28 @@ def test_layouts(emulated, layout):
     x, w, A, B = arguments()
     given = layout(x), w, (layout(A[0]),), (layout(B[0]),)
     same(lambda x, w, A, B: lora_linear(x, w, A, B), *given, dy=lambda y: layout(y.sign()))
-    assert emulated() == 4
+    assert emulated() == 6
     same(lambda x, A: lora_linear(x.expand(2, 20, 72), w, A, B), x, A, dy=lambda y: y.new_ones(()).expand(y.shape))
-    assert emulated() == 4
+    assert emulated() == 5
 
 
 def test_weights_across(emulated):
     x, w, A, B = arguments()
     same(lambda x, A: lora_linear(x, transposed(w), A, B), x, A)
-    assert emulated() == 4
+    assert emulated() == 5
     same(lambda x, A: lora_linear(x, strided(w), A, B), x, A)
-    assert emulated() == 1, "t alone"
+    assert emulated() == 2, "t and dA alone"
 
 
 def test_other_ops(emulated):
     x, w, A, B = arguments()
     same(lambda x, A: lora_shrink(x, A), x, A)
-    assert emulated() == 2
+    assert emulated() == 3
     same(lambda x, A: lora_shrink(x, A, dropout_p=0.5, training=True, seed=SEED), x, A)
-    assert emulated() == 2
+    assert emulated() == 3
     y, z = torch.zeros(20, 40).bfloat16(), torch.ones(20, 8)
     same(lambda y, z, B: lora_expand(y, z, B), y, z, B)
-    assert emulated() == 1, "t"
+    assert emulated() == 2, "t and dB"
 
 
 def test_what_is_not_taken(emulated):
@@ -152,12 +152,21 @@ def test_what_is_not_taken(emulated):
     assert y.shape == (20, 0)
 
 
-def test_inference_keeps_no_z(emulated):
-    x, w, A, B = arguments()
+@pytest.mark.parametrize("k", [72, 1100])
+@pytest.mark.parametrize("gates", [None, torch.tensor([2.0, 0.5]), torch.ones(20, 2) * torch.tensor([0.5, 2.0])])
+def test_decode(emulated, gates, k):
+    """Few rows without gradients are one launch, which keeps no z."""
+    x, w, A, B = arguments(k=k, ranks=(8, 3))
+    bias, column_scale = strided(torch.arange(40).bfloat16()), torch.full((40,), 2.0)
+    more = dict(bias=bias, column_scale=column_scale, ranks=[8, 3], gates=gates)
     with torch.inference_mode():
-        y = lora_linear(x, w, A, B)
-    assert emulated() == 2
-    assert torch.equal(y, lora_linear(x, w, A, B))
+        y = lora_linear(x, w, A, B, scaling=0.5, **more)
+        assert emulated() == 1
+        native.pin_gpu("composed")
+        assert torch.equal(y, lora_linear(x, w, A, B, scaling=0.5, **more))
+        native.pin_gpu("kernels")
+        lora_linear(x, transposed(w), A, B, ranks=[8, 3]), lora_linear(x.expand(4, 20, k), w, A, B, ranks=[8, 3])
+        assert emulated() == 4, "w across, and more than 64 rows"
 
 
 def test_the_same_bits_again(emulated):
@@ -174,6 +183,10 @@ extern "C" const char* fastlora_error(int status) { return status == FASTLORA_WO
 extern "C" int fastlora_device(int* architecture, int* count) { return *architecture = *count = 80, 0; }
 extern "C" int launch_linear(const LinearParams*, void*) { return FASTLORA_WORKSPACE; }
 extern "C" int launch_shrink(const ShrinkParams*, void*) { return FASTLORA_WORKSPACE; }
+extern "C" int launch_decode(const DecodeParams*, void*) { return FASTLORA_WORKSPACE; }
+extern "C" int launch_shrink_backward(const Shrink_backwardParams*, void*) { return FASTLORA_WORKSPACE; }
+extern "C" long long fastlora_decode_counters(long long, long long) { return 1; }
+extern "C" long long fastlora_shrink_backward_counters(long long, long long) { return 1; }
 extern "C" void emulate_buffer(const char*, size_t, int, int) {}
 """
 
