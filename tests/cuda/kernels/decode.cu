@@ -1,4 +1,4 @@
-// y = c ⊙ (x w + Σ adapters) + bias for few tokens, in one launch. w's rows are the M side of the mma, tokens its N side.
+// y = c ⊙ (x w + Σ adapters) + bias for few tokens, in one launch. w's rows are the mma's M side, the tokens its N side.
 // K is split; as the update is linear in z, each split applies b to its own part of z and waits for nobody.
 #include "check.h"
 #include "reduce.cuh"

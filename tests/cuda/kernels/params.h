@@ -38,8 +38,8 @@ struct ShrinkParams {
   int count, dropped, type, splits;  // splits: parts of K, added in their order
 };
 
-// What Route and Pages of fastlora/ops/route.py hold: tokens with equal lists of adapters in tiles of at most sixteen, and for
-// each slot the pages that have its rank rows, eight a page.
+// What Route and Pages of fastlora/ops/route.py hold: tokens with equal lists of adapters in tiles of at most sixteen,
+// and for each slot the pages that have its rank rows, eight a page.
 struct Route {
   const int *tiles, *offsets, *slots, *table, *ranks;
   const long long* order;
@@ -48,7 +48,7 @@ struct Route {
   int count, known;                        // tiles; slots that have a row in the tables
 };
 
-// y = c ⊙ (x w + zg b) + bias for at most 64 tokens, zg as in the shrink; with a route each token's own adapters instead:
+// y = c ⊙ (x w + zg b) + bias for at most 64 tokens, zg as in the shrink; with a route each token's own adapters:
 // c ⊙ (x w + Σ gate · scales[slot] · z b) + bias, g and scale not used.
 struct DecodeParams {
   Matrix x, w, y, g;          // [m, k]; [n, k]; [m, n]; null or fp32 [m, ranks], stride 0 for one row
