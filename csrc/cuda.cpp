@@ -31,7 +31,6 @@ struct Launch {
   void* stream = nullptr;
   int architecture = 0, multiprocessors = 0;
   Tensor partial, arrived, bias, c;   // what is made for the launch alone
-
   explicit Launch(const Tensor& x) : guard(x.device()) {
     if (x.is_cuda()) stream = c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle();
     if (library.forget) library.forget();
@@ -44,7 +43,7 @@ struct Launch {
       library.buffer(data, at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize()), 1, 0);
     return data;
   }
-  Matrix rows(const Tensor& t) { return {at(t), t.stride(0)}; }
+  Matrix rows(const Tensor& t) { return {at(t), t.size(0) > 1 ? t.stride(0) : 0}; }
   // Cuts a sum of `length` elements so that each multiprocessor has `blocks` to do, of 256 elements at least.
   template <class P> void split(P& p, int64_t blocks, int64_t tiles, int64_t length, int64_t floats, const Tensor& like) {
     const int64_t fill = blocks * multiprocessors / std::max<int64_t>(tiles, 1);
@@ -71,7 +70,7 @@ struct Launch {
   }
 };
 
-bool has_rows(const Tensor& t) { return t.stride(1) == 1 && t.stride(0) <= LARGEST; }
+bool has_rows(const Tensor& t) { return t.stride(1) == 1 && (t.size(0) < 2 || t.stride(0) <= LARGEST); }
 Tensor with_rows(const Tensor& t) { return has_rows(t) ? t : t.contiguous(); }
 
 void project(Gated& z, const Tensor& given, TensorList f, bool last_is_rank, const Dropout& dropout) {
@@ -121,7 +120,8 @@ Tensor product(Product& q) {
   const auto w = base && across ? q.w.t() : q.w;
   if (q.start || (base && !has_rows(w))) return composed::products.product(q);
   if (!q.z.z.defined()) {
-    if (!q.want_z && !across && rows_of(q.x) <= 64) return decode(q, with_rows(flat(q.x)), w);
+    const int64_t most = total_rank(q.a, 0) > 48 ? 48 : 64;   // 99 KiB of shared memory
+    if (!q.want_z && !across && rows_of(q.x) <= most) return decode(q, with_rows(flat(q.x)), w);
     project(q.z, q.x, q.a, false, {});
   }
   const auto type = q.like.scalar_type();
@@ -158,10 +158,10 @@ bool takes(const char* op, const Tensor& x) {
   static const bool ran = std::any_of(statuses.begin(), statuses.end(), [](const Status& s) { return std::get<2>(s); });
   if (!library.fastlora_device || (pinned.empty() && !ran) || !(x.is_cuda() || library.buffer) || !x.numel()) return false;
   const c10::DeviceGuard guard(x.device());
-  int architecture = 0, multiprocessors = 0;
-  if (library.fastlora_device(&architecture, &multiprocessors)) return false;
+  int architecture = 0, multiprocessors = 0, status = library.fastlora_device(&architecture, &multiprocessors);
+  TORCH_CHECK(!status || pinned != "kernels", "fastlora: FASTLORA_GPU=kernels: ", library.fastlora_error(status));
   const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  return std::any_of(statuses.begin(), statuses.end(), [&](const Status& s) {
+  return !status && std::any_of(statuses.begin(), statuses.end(), [&](const Status& s) {
     return std::get<0>(s) == op && objection(s, {rows_of(x), x.size(-1)}, half, architecture, {}).empty();
   });
 }

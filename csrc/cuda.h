@@ -10,7 +10,7 @@ namespace fastlora::cuda {
 using Status = std::tuple<std::string, std::string, int, int64_t, int64_t>;
 // docs/gpu-status.md says the same.
 inline const std::vector<Status> statuses = {
-    {"lora_linear_forward", "decode_kernel (64 rows or fewer, no gradients) or shrink_kernel, linear_kernel", 0, 0, 0},
+    {"lora_linear_forward", "decode_kernel (few rows, no gradients) or shrink_kernel, linear_kernel", 0, 0, 0},
     {"lora_linear_backward", "shrink_kernel (t), linear_kernel (dx), shrink_backward_kernel (dA, dB)", 0, 0, 0},
     {"lora_shrink", "shrink_kernel", 0, 0, 0},
     {"lora_shrink_backward", "linear_kernel (dx), shrink_backward_kernel (dA)", 0, 0, 0},

@@ -1,4 +1,4 @@
-// What the ops are made of: by our kernels (cpu/products.cpp), or by ATen calls, which are right on every device
+// What the ops are made of: by our kernels (cpu/host.cpp, cuda.cpp), or by ATen calls, which are right on every device
 // (composed.cpp). Arguments are checked already. Factors are lora_A, or lora_B where the last dimension is the rank.
 #pragma once
 #include <ATen/EmptyTensor.h>

@@ -1,6 +1,6 @@
 """Which implementations exist, which one runs a call, and why the others do not.
 
-`reference` (plain torch), `native` (C++: vectorised on a CPU, composed of ATen calls on CUDA) and `triton`. The first
+`reference` (plain torch), `native` (C++: vectorised on a CPU, ATen calls or CUDA C++ on CUDA) and `triton`. The first
 in a device's order that has no objection runs. Where `_C` is built its kernels on the CPU and CUDA keys are `native`:
 they run without asking here, unless another back-end is pinned.
 """
@@ -54,7 +54,7 @@ def cuda_missing():
     path = Path(os.environ.get("FASTLORA_CUDA_LIBRARY") or Path(__file__).with_name("_cuda.so"))
     if missing or not path.exists():
         return missing or f"{path.name} was not built; on a machine with nvcc: FASTLORA_CUDA=1 {BUILD}"
-    return module.load_cuda(str(path)) or None
+    return module.load_cuda(str(path.resolve())) or None
 
 
 def gpu_form(op, args):

@@ -117,11 +117,11 @@ def autocast_in_python(op):
 
 
 def scalar(value):
-    """A Python number as a 0-d CPU tensor (every device accepts one), cached by value; a tensor as it is."""
+    """A Python number as a 0-d CPU tensor, which every device accepts, cached where no mode runs; a tensor as it is."""
     if isinstance(value, torch.Tensor):
         return value
-    if torch.compiler.is_compiling():
-        return torch.full((), float(value))
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.full((), float(value), device="cpu")
     if type(value) not in (float, int):
         check.kind(isinstance(value, numbers.Real), "scaling", type(value).__name__, "a number or a tensor")
     return _number(value)
@@ -130,4 +130,4 @@ def scalar(value):
 @functools.lru_cache(4096)
 def _number(value):
     with torch.inference_mode(False):
-        return torch.tensor(float(value))
+        return torch.tensor(float(value), device="cpu")

@@ -62,7 +62,7 @@ def result(call, *inputs, dy=None):
 
 
 def same(call, *inputs, dy=None):
-    """The kernels and the composed form agree to the bit."""
+    """The kernels and what runs without them agree to the bit."""
     mine = result(call, *inputs, dy=dy)
     native.pin_gpu("composed")
     theirs = result(call, *inputs, dy=dy)
@@ -122,6 +122,13 @@ def test_layouts(emulated, layout):
     assert emulated() == 6
     same(lambda x, A: lora_linear(x.expand(2, 20, 72), w, A, B), x, A, dy=lambda y: y.new_ones(()).expand(y.shape))
     assert emulated() == 5
+
+
+def test_one_row_has_any_stride(emulated):
+    x, w, A, B = arguments(m=1)
+    with torch.inference_mode():
+        y = lora_linear(x, w, A, B)
+        assert torch.equal(lora_linear(x.as_strided(x.shape, (2**31, 1)), w, A, B), y) and emulated() == 2
 
 
 def test_weights_across(emulated):
@@ -211,6 +218,15 @@ def test_a_refusal_is_an_error(library):
     assert library(STUB + counters) == ""
     native.pin_gpu("kernels")
     with pytest.raises(RuntimeError, match="a CUDA kernel refused: too small"):
+        lora_linear(*arguments())
+
+
+def test_no_device_is_an_error_where_the_kernels_are_pinned(library):
+    counters = 'extern "C" long long fastlora_shrink_counters(long long, long long) { return 1; }\n'
+    assert library(STUB.replace("return *architecture = *count = 80, 0;", "return FASTLORA_NO_DEVICE;") + counters) == ""
+    lora_linear(*arguments())
+    native.pin_gpu("kernels")
+    with pytest.raises(RuntimeError, match="FASTLORA_GPU=kernels"):
         lora_linear(*arguments())
 
 

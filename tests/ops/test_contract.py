@@ -5,6 +5,7 @@ layer.
 import pytest
 import torch
 from exactness import assert_accurate
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -284,3 +285,13 @@ def test_back_ends_agree_on_meta_and_fake():
         x, w, a, b = draw()
         assert lora_linear(x, w, a, b, dropout_p=0.5, training=True).shape == (6, 12)
     assert backends.NAMES == ("reference", "native", "triton")
+
+
+def test_a_mode_leaves_nothing_behind():
+    """A number that was a scaling under fake tensors, or another default device, is real and on the CPU later."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        lora_linear(*draw(grad=False), scaling=0.015625)
+    with torch.device("meta"):
+        lora_linear(*draw(grad=False), scaling=0.0078125)
+    for scaling in (0.015625, 0.0078125):
+        assert type(lora_linear(*draw(grad=False), scaling=scaling)) is torch.Tensor

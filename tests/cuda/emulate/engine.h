@@ -7,7 +7,7 @@
 #include "emulate.h"
 
 namespace emulate {
-constexpr size_t STACK = 64 << 10, STATIC_SHARED = 4096, GAP = 1024, MOST_SHARED = 232448;
+constexpr size_t STACK = 64 << 10, STATIC_SHARED = 4096, GAP = 1024, MOST_SHARED = 166912;
 constexpr int POISON = 0xff;  // NaN in bf16, fp16 and fp32; -1 as an integer
 
 // Scopes of agents whose accesses are ordered together, widest last.

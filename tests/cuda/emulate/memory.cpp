@@ -102,5 +102,6 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 // sm_80 with four multiprocessors
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 0;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = emulate::MOST_SHARED;
   return cudaSuccess;
 }

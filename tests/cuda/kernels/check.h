@@ -51,7 +51,11 @@ struct Check {
     if (p.seed) pointer(p.seed, sizeof *p.seed);
   }
   template <class P> int launch(void (*kernel)(P), dim3 grid, int threads, int bytes, const P& p, void* stream) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    int most = 0;
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (bytes > most) return FASTLORA_TOO_LARGE;  // 99 KiB on sm_86, sm_89 and sm_120
+    // Not `bytes`: the limit is the function's, and another thread may be about to launch it with more.
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     LAUNCH(kernel, grid, dim3(threads), bytes, stream, p);
     const int error = cudaGetLastError();
     return error ? FASTLORA_CUDA + error : FASTLORA_OK;

@@ -166,7 +166,7 @@ extern "C" int launch_decode(const DecodeParams* params, void* stream) {
   const Route& r = p.route;
   check.common(p, p.k, 2, false, false);
   check.size(p.k), check.matrix(p.x, p.m, p.k, 2);
-  check.refuse(check.columns != p.n || p.splits < 1 || p.splits > 65535 || r.count < 0, FASTLORA_SHAPE);
+  check.refuse(check.columns != p.n || p.splits < 1 || p.splits > 65535 || r.count < 0 || r.known < 0, FASTLORA_SHAPE);
   check.refuse(r.count && (check.ranks || p.g.data), FASTLORA_SHAPE);
   check.refuse(p.m > TOKENS || r.count > THREADS, FASTLORA_TOO_LARGE);
   const long long tiles = check.status || !p.m ? 0 : fastlora_decode_counters(p.count, check.widest);
@@ -176,11 +176,12 @@ extern "C" int launch_decode(const DecodeParams* params, void* stream) {
   if (p.bias) check.pointer(p.bias, 2);
   if (p.column_scale) check.pointer(p.column_scale, sizeof *p.column_scale);
   for (int i = 0; !check.status && i < p.count; i++) {
-    check.matrix(p.b[i], p.parts[i].columns, r.count ? 1 : p.parts[i].ranks, 2);
-    if (r.count) check.matrix(p.parts[i].m, p.parts[i].columns, p.k, 2);
+    check.matrix(p.b[i], p.parts[i].columns, r.count ? r.known : p.parts[i].ranks, 2);
+    if (r.count && r.known) check.matrix(p.parts[i].m, p.parts[i].columns, p.k, 2);
   }
-  for (const int* list : {r.tiles, r.offsets, r.slots, r.table, r.ranks}) if (r.count) check.pointer(list, 4);
-  for (const float* list : {r.gates, r.scales}) if (r.count) check.pointer(list, 4);
+  const void *lists[] = {r.tiles, r.offsets, r.slots, r.gates}, *tables[] = {r.table, r.ranks, r.scales};
+  for (const void* list : lists) if (r.count) check.pointer(list, 4);
+  for (const void* table : tables) if (r.count && r.known) check.pointer(table, 4);
   if (r.count) check.pointer(r.order, 8);
   for (long long stride : {r.a_page, r.b_page, r.table_stride}) check.size(stride);
   if (p.splits > 1 && tiles) check.workspace(p, tiles * p.splits * FASTLORA_TILE, tiles);
