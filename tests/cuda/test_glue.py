@@ -196,6 +196,7 @@ extern "C" long long fastlora_decode_counters(long long, long long) { return 1; 
 extern "C" long long fastlora_shrink_backward_counters(long long, long long) { return 1; }
 extern "C" void emulate_buffer(const char*, size_t, int, int) {}
 """
+COUNTERS = 'extern "C" long long fastlora_shrink_counters(long long, long long) { return 1; }\n'
 
 
 @pytest.fixture
@@ -214,16 +215,15 @@ def library(tmp_path):
 
 
 def test_a_refusal_is_an_error(library):
-    counters = 'extern "C" long long fastlora_shrink_counters(long long, long long) { return 1; }\n'
-    assert library(STUB + counters) == ""
+    assert library(STUB + COUNTERS) == ""
     native.pin_gpu("kernels")
     with pytest.raises(RuntimeError, match="a CUDA kernel refused: too small"):
         lora_linear(*arguments())
 
 
 def test_no_device_is_an_error_where_the_kernels_are_pinned(library):
-    counters = 'extern "C" long long fastlora_shrink_counters(long long, long long) { return 1; }\n'
-    assert library(STUB.replace("return *architecture = *count = 80, 0;", "return FASTLORA_NO_DEVICE;") + counters) == ""
+    without = STUB.replace("return *architecture = *count = 80, 0;", "return FASTLORA_NO_DEVICE;")
+    assert library(without + COUNTERS) == ""
     lora_linear(*arguments())
     native.pin_gpu("kernels")
     with pytest.raises(RuntimeError, match="FASTLORA_GPU=kernels"):

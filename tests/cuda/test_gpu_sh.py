@@ -40,6 +40,7 @@ def test_a_part(part, tmp_path):
     assert f"| gpu/{part}/64x40/bf16/m5/r8" in done.stdout and "docs/gpu-status" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_model(tmp_path):
     pytest.importorskip("transformers")
     options = ["--tiny", "--seconds", "0.01", "--out", tmp_path / "out.csv", "--without", "peft", "peft_bf16"]
