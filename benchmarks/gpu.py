@@ -6,6 +6,7 @@ Then a table, and rows for docs/gpu-status.md. `--device cpu --tiny` runs it wit
 """
 
 import argparse
+import itertools
 import re
 from pathlib import Path
 
@@ -22,7 +23,6 @@ PARTS = (*gpu_layers.PARTS, "model")
 STATUS = Path(__file__).parents[1] / "docs" / "gpu-status.md"
 # Which ops of docs/gpu-status.md a part's rows speak of.
 OPS = {"linear": ("lora_linear_forward",), "decode": ("lora_linear_forward",), "backward": ("lora_linear_backward",)}
-NEVER = "never run on a GPU"
 
 
 def main(argv=None):
@@ -39,10 +39,11 @@ def main(argv=None):
         rows = measure(case, args.device, methods, args.seconds)
         table.update(args.out, [{**row, **facts} for row in rows])
         print(table.line(case.name, rows), flush=True)
-    rows = [row for row in table.read(args.out) if row["case"] in [case.name for case in cases]]
+    names, here = [case.name for case in cases], (facts["device"], facts["commit"])
+    rows = [r for r in table.read(args.out) if r["case"] in names and (r["device"], r["commit"]) == here]
     print(show(rows))
-    if args.device == "cuda":
-        print(patch(args.part, rows, machine.commit(), architecture()))
+    if args.device == "cuda" and not args.tiny:
+        print(patch(args.part, rows, names, facts["commit"], architecture()))
 
 
 def _parse(argv):
@@ -66,39 +67,47 @@ def architecture():
 
 
 def show(rows):
-    """Times over the base layer's; its own in microseconds."""
+    """Times over the base layer's; its own in microseconds. Cells stay empty where the base was left out."""
     names = list(dict.fromkeys(r["case"] for r in rows))
     methods = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "base"))
     found = {(r["case"], r["method"]): r for r in rows}
     lines = ["| case | base, µs | " + " | ".join(methods) + " |", "|---|" + "---|" * (len(methods) + 1)]
     for name in names:
-        cells = [f"{found[name, m]['vs_base']:.2f}" if (name, m) in found else "" for m in methods]
-        lines.append(f"| {name} | {found[name, 'base']['p50_us']:.1f} | {' | '.join(cells)} |")
+        ratios = [found[name, m]["vs_base"] if (name, m) in found else "" for m in methods]
+        base = f"{found[name, 'base']['p50_us']:.1f}" if (name, "base") in found else ""
+        lines.append(f"| {name} | {base} | {' | '.join('' if r == '' else f'{r:.2f}' for r in ratios)} |")
     peaks = [
         f"{r['case']}: {r['method']} {r['peak_mb']:.0f} MB" for r in rows if "training" in r["case"] and r["peak_mb"]
     ]
     return "\n".join([*lines, *peaks])
 
 
-def patch(part, rows, commit, sm):
-    """Lines for docs/gpu-status.md and csrc/cuda.h: for how many rows the kernels beat the composed form."""
-    found = {(r["case"], r["method"]): r["p50_us"] for r in rows}
-    ratios = {}
-    for case in {case for case, method in found if method == "fastlora_kernels"}:
-        m = int(re.search(r"/m(\d+)/", case + "/")[1]) if re.search(r"/m(\d+)/", case) else None
-        if m and (case, "fastlora") in found:
-            ratios.setdefault(m, []).append(found[case, "fastlora_kernels"] / found[case, "fastlora"])
-    faster = sorted(m for m, of in ratios.items() if max(of) < 1)
-    said = f"sm_{sm}, {faster[0]} to {faster[-1]} rows, {commit}" if faster else f"sm_{sm}, not faster, {commit}"
-    lines = []
-    if not ratios:
-        return f"docs/gpu-status.md: nothing to change, the kernels did not run ({backends.cuda_missing() or part})"
+def patch(part, rows, names, commit, sm):
+    """Lines for docs/gpu-status.md and csrc/cuda.h: for how many rows the kernels beat the composed form.
+
+    `names` are the part's cases: without a time of both forms in each of them, nothing is proposed.
+    """
+    if part not in OPS:
+        return "docs/gpu-status.md: no row speaks of this part"
+    found, faster = {(r["case"], r["method"]): r["p50_us"] for r in rows}, {}
+    missing = [name for name in names if not {(name, "fastlora"), (name, "fastlora_kernels")} <= found.keys()]
+    if missing:
+        why = backends.cuda_missing() or f"not timed by the kernels and the composed form: {', '.join(missing)}"
+        return f"docs/gpu-status.md: nothing to change, {why}"
+    for name in names:
+        m = int(re.search(r"/m(\d+)/", name)[1])
+        faster[m] = faster.get(m, True) and found[name, "fastlora_kernels"] < found[name, "fastlora"]
+    # the longest run of measured sizes without a slower one between them
+    runs = [[m for m, _ in run] for yes, run in itertools.groupby(sorted(faster.items()), lambda item: item[1]) if yes]
+    run = max(runs, key=len, default=[])
+    if not run:
+        said = f"{', '.join(OPS[part])}, CUDA C++, part {part}: run, not faster, sm_{sm}, {commit}"
+        return f"docs/gpu-status.md: no row changes; as a comment: <!-- {said} -->"
+    said, lines = f"sm_{sm}, {run[0]} to {run[-1]} rows, {commit}", []
     for line in STATUS.read_text().splitlines():
-        if "CUDA C++" in line and any(f"`{op}`" in line for op in OPS.get(part, ())):
-            lines += [f"-{line}", f"+{line.replace(NEVER, said)}"]
-    if faster:
-        lines.append(f"csrc/cuda.h: {', '.join(OPS[part])}: {sm}, {faster[0]}, {faster[-1]}")
-    return "\n".join(lines or ["docs/gpu-status.md: no row speaks of this part"])
+        if "CUDA C++" in line and any(f"`{op}`" in line for op in OPS[part]):
+            lines += [f"-{line}", f"+{line.rsplit('|', 2)[0]}| {said} |"]
+    return "\n".join([*lines, f"csrc/cuda.h: {', '.join(OPS[part])}: {sm}, {run[0]}, {run[-1]}"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The ops on a GPU by every form, against float64 by the error rule of the tests: `python -m benchmarks.gpu_check`.
+"""Two ops on a GPU against float64, by the error rule of the tests: `python -m benchmarks.gpu_check`.
+
+lora_linear with all its gradients and under inference_mode, where few tokens go through the decode kernel, and
+lora_shrink under inference_mode; each composed of ATen calls and by the CUDA C++ kernels, one adapter, with and without
+dropout. Neither Triton's kernels nor lora_expand, lora_routed and the gradients of lora_shrink.
 
 With `--device cpu` and FASTLORA_CUDA_LIBRARY naming the emulator's library it runs without a GPU.
 """
@@ -10,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastlora import backends, lora_linear
+from fastlora import backends, lora_linear, lora_shrink
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from exactness import assert_accurate, formula, rounded  # noqa: E402
@@ -60,15 +64,28 @@ def _compare(size, dtype, masters, p, device, method):
         y = lora_linear(**given, dropout_p=p, training=True, seed=seed)
         return [y, *torch.autograd.grad(y, given.values(), dy)]
 
+    def forward(to):
+        x, A = (rounded(given[name], given[name].dtype).to(to) for name in ("x", "lora_A"))
+        one, scaling = torch.eye(size[3], dtype=to, device=device), torch.ones((), device=device)
+        return formula(x, torch.zeros_like(A), [A], [one], scaling, p=p, seed=seed)
+
     def plain(to):
         t = {name: rounded(v, v.dtype).to(to).requires_grad_() for name, v in given.items()}
         y = formula(t["x"], t["weight"], [t["lora_A"]], [t["lora_B"]], bias=t["bias"], gates=t["gates"], p=p, seed=seed)
         return [y, *torch.autograd.grad(y, t.values(), dy.to(to))]
 
-    found, exact, usual = pinned(method, ours), plain(torch.float64), plain(dtype)
-    for name, a, e, u in zip(("y", *given), found, exact, usual, strict=True):
+    found = [*pinned(method, ours), *pinned(method, _inference, given, p, seed)]
+    exact, usual = ([*of, of[0], forward(to)] for to in (torch.float64, dtype) for of in [plain(to)])
+    names = "y", *given, "y under inference_mode", "z under inference_mode"
+    for name, a, e, u in zip(names, found, exact, usual, strict=True):
         assert_accurate(a, e.detach(), u, f"{method} {size} {dtype} p={p}: {name}")
     return len(found)
+
+
+def _inference(given, p, seed):
+    options = dict(dropout_p=p, training=True, seed=seed)
+    with torch.inference_mode():
+        return lora_linear(**given, **options), lora_shrink(given["x"], given["lora_A"], **options)
 
 
 def _once(device):

@@ -100,7 +100,8 @@ def calls(case, device, wanted):
                 layer, trained = build(method, case, w, A, B, gates, choice)
                 if copy == 0:
                     given = gates if case.part in ("gated", "routed") else None
-                    pinned(method, _check, method, layer, x, w, A, B, given)
+                    wanted_dy = dy if case.mode == "training" else None
+                    pinned(method, _check, method, layer, x, w, A, B, given, trained, wanted_dy)
                 found[method].append(functools.partial(pinned, method, _call(case, layer, x, dy, trained)))
             except (ImportError, AttributeError, RuntimeError, NotImplementedError) as error:
                 skip(case, method, error)
@@ -117,9 +118,9 @@ def pinned(method, call, *args):
     form = method.removeprefix("fastlora") if method.startswith("fastlora") else None
     if form == "_kernels" and backends.cuda_missing():
         raise ImportError(backends.cuda_missing())
-    if form is None or backends.native()[0] is None:
-        return call(*args)
     with backends.use_backend("triton") if form == "_triton" else contextlib.nullcontext():
+        if form is None or backends.native()[0] is None:
+            return call(*args)
         backends.native()[0].pin_gpu({"": "composed", "_kernels": "kernels"}.get(form, ""))
         try:
             return call(*args)
@@ -134,16 +135,24 @@ def _call(case, layer, x, dy, trained):
     return lambda: torch.autograd.grad(layer(x), (x, *trained), dy)
 
 
-def _check(method, layer, x, w, A, B, gates):
-    """A method that computes something else must not be in the table."""
-    with torch.inference_mode():
-        exact = x.float() @ w.float().T
-        for e in range(0 if method == "base" else len(A)):
-            z = x.float() @ A[e].float().T
-            exact += (z if gates is None else z * gates[:, e : e + 1]) @ B[e].float().T
-        error = ((layer(x).float() - exact).norm() / exact.norm()).item()
-    if not error < 2e-2:
-        raise SystemExit(f"{method} is off by {error:.1e}: it does not compute the same layer")
+def _check(method, layer, x, w, A, B, gates, trained=(), dy=None):
+    """A method that computes something else, or other gradients where there is dy, must not be in the table."""
+    with torch.inference_mode(dy is None):
+        x = x.detach().requires_grad_(dy is not None)
+        x32, *factors = (t.detach().float().requires_grad_(dy is not None) for t in (x, *A, *B))
+        factors = [] if method == "base" else factors
+        exact = x32 @ w.float().T
+        for e, (a, b) in enumerate(zip(factors[: len(A)], factors[len(A) :], strict=True)):
+            z = x32 @ a.T
+            exact = exact + (z if gates is None else z * gates[:, e : e + 1]) @ b.T
+        found, true = [layer(x)], [exact]
+        if dy is not None:
+            found += torch.autograd.grad(found[0], (x, *trained), dy)
+            true += torch.autograd.grad(exact, (x32, *factors), dy.float())
+        errors = [((y.float() - e).norm() / e.norm()).item() for y, e in zip(found, true, strict=True)]
+    if not all(error < 2e-2 for error in errors):
+        said = ", ".join(f"{error:.1e}" for error in errors)
+        raise SystemExit(f"{method} is off by {said}: it does not compute the same layer")
 
 
 def build(method, case, w, A, B, gates, choice):

@@ -15,7 +15,7 @@ ROTATED_BYTES = 300e6
 def measure(case, device, methods, seconds):
     """The rows of a case, one a method."""
     lists = CALLS[type(case)](case, device, methods)
-    copies = len(lists["base"])
+    copies = len(next(iter(lists.values())))
     calls = {m: functools.partial(_each, of) if copies > 1 else of[0] for m, of in lists.items()}
     with torch.inference_mode(getattr(case, "mode", "forward") != "training"):
         graphs = getattr(case, "graphs", True)
@@ -37,8 +37,7 @@ def _row(case, method, timing, memory):
         "p20_us": p20,
         "p50_us": p50,
         "p80_us": p80,
-        "vs_base": timing.ratio(method, "base"),
-        "vs_fastlora": timing.ratio(method, "fastlora"),
+        **{f"vs_{m}": timing.ratio(method, m) if m in timing.seconds else "" for m in ("base", "fastlora")},
         "peak_mb": memory / 1e6,
         "calls": timing.calls,
         "samples": len(timing.seconds[method]),

@@ -63,7 +63,7 @@ def update(path, rows):
 def line(name, rows):
     """One case for the terminal."""
     base = rows[0]
-    ratios = "  ".join(f"{r['method']} {r['vs_base']:.2f}" for r in rows[1:])
+    ratios = "  ".join(f"{r['method']} {r['vs_base']:.2f}" for r in rows[1:] if r["vs_base"] != "")
     return f"{name:44} {base['p50_us']:9.1f} us  {ratios}  ({sum(int(r['dropped']) for r in rows)} dropped)"
 
 
