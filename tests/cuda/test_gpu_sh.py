@@ -23,12 +23,16 @@ def program(*arguments):
     return subprocess.run(command, cwd=harness.ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_check_of_the_ops():
     done = program("benchmarks.gpu_check")
     assert "comparisons, all accurate" in done.stdout, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("part", ["linear", "decode", "backward", "gated", "routed"])
+LATER = [pytest.param(part, marks=pytest.mark.slow) for part in ("linear", "decode", "gated", "routed")]
+
+
+@pytest.mark.parametrize("part", ["backward", *LATER])
 def test_a_part(part, tmp_path):
     """Every method but what needs a GPU or takes long, on tiny sizes; each is compared with the truth."""
     out = tmp_path / "out.csv"
