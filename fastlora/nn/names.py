@@ -177,7 +177,7 @@ def join(projections):
 def write(layer, dialect, where=""):
     """{name below the layer: tensor} of the layer's adapter under another library's names, detached.
 
-    Raises ValueError, naming the layer, for an adapter that the library cannot hold.
+    Raises ValueError, naming the layer, for an adapter that the library cannot hold. The layer has one of its own.
     """
     if layer.kind == "attention":
         return _write_attention(layer, dialect, where)

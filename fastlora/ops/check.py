@@ -29,14 +29,14 @@ def tensors(name, given):
 def dense(name, t, *dtypes):
     """A dense tensor of one of these dtypes, or of any that floats."""
     kind(t.layout == torch.strided, name, t.layout, "a dense tensor")
-    kind(t.dtype in (dtypes or _FLOATS), name, t.dtype, " or ".join(map(str, dtypes or _FLOATS)))
+    kind(t.dtype in (dtypes or _FLOATS), name, t.dtype, " or ".join(map(str, dict.fromkeys(dtypes or _FLOATS))))
 
 
 def tensor(name, t, x, shape, *dtypes):
     """A dense tensor on x's device, of this shape, in which None is any size."""
     dense(name, t, *dtypes)
     fits = t.dim() == len(shape) and all(n is None or n == size for n, size in zip(shape, t.shape, strict=True))
-    value(fits, name, f"shape {tuple(t.shape)}", f"({', '.join('r' if n is None else str(n) for n in shape)})")
+    value(fits, name, f"shape {tuple(t.shape)}", str(tuple("r" if n is None else n for n in shape)).replace("'", ""))
     value(t.device == x.device, name, f"a tensor on {t.device}", f"{x.device}, as the others")
 
 

@@ -192,7 +192,6 @@ extern "C" int launch_linear(const LinearParams*, void*) { return FASTLORA_WORKS
 extern "C" int launch_shrink(const ShrinkParams*, void*) { return FASTLORA_WORKSPACE; }
 extern "C" int launch_decode(const DecodeParams*, void*) { return FASTLORA_WORKSPACE; }
 extern "C" int launch_shrink_backward(const Shrink_backwardParams*, void*) { return FASTLORA_WORKSPACE; }
-extern "C" long long fastlora_decode_counters(long long, long long) { return 1; }
 extern "C" long long fastlora_shrink_backward_counters(long long, long long) { return 1; }
 extern "C" void emulate_buffer(const char*, size_t, int, int) {}
 """

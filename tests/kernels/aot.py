@@ -86,7 +86,7 @@ def calls():
         "forward M=512": lambda: forward(512),
         "forward M=64": lambda: forward(64),
         "forward M=16": lambda: forward(16),
-        "forward M=64 R=64 gates fp32-adapters": lambda: forward(64, R=64, gates=True, adapters=fp32),
+        "forward M=64 R=32 gates fp32-adapters": lambda: forward(64, R=32, gates=True, adapters=fp32),
         "forward M=16 odd K N": lambda: forward(16, K=4095, N=4001, R=3),
         "forward M=16 fp32": lambda: forward(16, dtype=fp32),
         "forward M=1 R=1 dropout": lambda: forward(1, R=1, p=0.1),
