@@ -9,8 +9,8 @@ import fastlora
 
 from .gpu_layers import pinned, skip
 from .layers import twin
+from .steps import TARGETS, decode_step, randomize, training_step
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LLAMA = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
@@ -63,8 +63,8 @@ def calls(case, device, wanted):
     found = {}
     for method in wanted:
         try:
-            step = _training if case.mode == "training" else _decode
-            call = pinned(method, step, _adapted(base, method, case), tokens, config)
+            step = training_step if case.mode == "training" else decode_step
+            call = pinned(method, step, _adapted(base, method, case), tokens)
             found[method] = [functools.partial(pinned, method, call)]
             found[method][0]()
         except (ImportError, RuntimeError, NotImplementedError) as error:
@@ -85,36 +85,4 @@ def _adapted(base, method, case):
 
         half = method == "peft_bf16"
         model = peft.get_peft_model(model, peft.LoraConfig(**options), autocast_adapter_dtype=not half)
-    torch.manual_seed(1)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.01)
-    return model
-
-
-def _training(model, tokens, config):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    embed = model.get_input_embeddings()
-
-    def step():
-        x = embed(tokens).detach().requires_grad_(not trained)
-        loss = model(inputs_embeds=x, labels=tokens, use_cache=False).loss
-        return torch.autograd.grad(loss, trained or x)
-
-    return step
-
-
-def _decode(model, tokens, config):
-    from transformers import DynamicCache
-
-    cache, last = DynamicCache(config=config), tokens[:, -1:]
-    with torch.inference_mode():
-        model(input_ids=tokens, use_cache=True, past_key_values=cache)
-
-    def step():
-        with torch.inference_mode():
-            logits = model(input_ids=last, use_cache=True, past_key_values=cache).logits
-            cache.crop(-1)
-        return logits
-
-    return step
+    return randomize(model)

@@ -84,13 +84,13 @@ def _check(method, layer, x, w, a, b):
 
 
 def _decode_calls(case, device, methods):
-    from . import models
+    from . import models, steps
 
     model, tokenizer = models.load(DTYPES[case.dtype])
     model.to(device)
     tokens = torch.randint(10, len(tokenizer), (case.batch, case.past), device=device)
-    adapted = {m: models.randomize(models.adapted(model, m, case.r)) for m in methods}
-    return {m: [models.decode_step(adapted[m], tokens)] for m in methods}
+    adapted = {m: steps.randomize(models.adapted(model, m, case.r)) for m in methods}
+    return {m: [steps.decode_step(adapted[m], tokens)] for m in methods}
 
 
 def _mixture_calls(case, device, methods):

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import inspect
 import io
 import os
 import warnings
@@ -13,17 +12,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import loralib
 import peft
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import fastlora
 
 from .layers import twin
+from .steps import TARGETS
 
 # transformers' and PEFT's, about each other's names
 warnings.filterwarnings("ignore", category=FutureWarning)
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def gguf_file():
@@ -69,45 +67,3 @@ def _loralib_layer(linear, r, alpha):
     layer = layer.to(linear.weight.dtype)
     layer.weight, layer.bias = linear.weight, linear.bias
     return layer
-
-
-def randomize(model, seed=0):
-    """Give every B values, so that no library computes with zeros."""
-    torch.manual_seed(seed)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.01)
-    return model
-
-
-def decode_step(model, tokens):
-    """A function of one decoding step after the prompt `tokens` (batch, past); the cache is cut back after each."""
-    language_model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    names = inspect.signature(language_model.forward).parameters
-    name = "cache" if "cache" in names else "past_key_values"
-    cache, last = DynamicCache(config=model.config), tokens[:, -1:]
-    with torch.inference_mode():
-        model(tokens, use_cache=True, **{name: cache})
-
-    def step():
-        logits = model(last, use_cache=True, **{name: cache}).logits
-        cache.crop(-1)
-        return logits
-
-    return step
-
-
-def training_step(model, tokens):
-    """A function of forward + backward of the language-model loss (no optimizer: it is the same for all).
-
-    The plain model trains nothing: its gradient goes down to the embedded tokens, as that of the adapters does.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    embed = model.get_input_embeddings()
-
-    def step():
-        x = embed(tokens).detach().requires_grad_(not trained)
-        loss = model(inputs_embeds=x, labels=tokens, use_cache=False).loss
-        return torch.autograd.grad(loss, trained or x)
-
-    return step

@@ -24,7 +24,7 @@ from fastlora.serve.batch import Batch
 from fastlora.serve.engine import Engine
 from fastlora.serve.pages import pages_for
 
-from . import machine, models
+from . import machine, models, steps
 from .cases import DTYPES
 from .clock import time_cpu
 
@@ -143,7 +143,7 @@ def adapters_of(model, ranks, folder):
     """Folders of PEFT adapters for SmolLM2 on all its linear layers."""
     found = []
     for i, r in enumerate(ranks):
-        theirs = models.randomize(models.adapted(model, "peft", r, r), i)
+        theirs = steps.randomize(models.adapted(model, "peft", r, r), i)
         theirs.save_pretrained(folder / str(i))
         found.append(folder / str(i))
     return found
@@ -208,7 +208,7 @@ def training():
         theirs.add_adapter(str(i), theirs.peft_config["default"])
     ours = models.twin(model)
     pool = serve.attach(ours, adapters=1)
-    ends = list(models.TARGETS)
+    ends = list(steps.TARGETS)
     made = {str(i): pool.create(str(i), 8, 8, ends) for i in range(4)}
 
     def step(run, rows, parameters):

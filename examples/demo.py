@@ -19,7 +19,7 @@ import peft
 from progress import progress, say
 
 import fastlora
-from benchmarks import clock, models
+from benchmarks import clock, models, steps
 
 STEPS, BATCH, LENGTH = 30, 4, 128
 PROMPT = 'def sort_lines(text, reverse=False):\n    """'
@@ -116,15 +116,15 @@ def check_round_trip(model, trained, probe):
 
 
 def show_times(model, blocks):
-    adapted = {m: models.randomize(models.adapted(model, m)) for m in METHODS}
+    adapted = {m: steps.randomize(models.adapted(model, m)) for m in METHODS}
     forward, prompt = blocks[:BATCH], blocks[:1, :64]
     print("   " + f"{'':22}" + "".join(f"{m:>20}" for m in METHODS))
     with torch.inference_mode():
         calls = {m: (lambda net=net: net(forward, use_cache=False)) for m, net in adapted.items()}
         show_row(f"forward, {forward.numel()} tokens", clock.time_cpu(calls, seconds=3, rounds=(4, 20)))
-        calls = {m: models.decode_step(net, prompt) for m, net in adapted.items()}
+        calls = {m: steps.decode_step(net, prompt) for m, net in adapted.items()}
         show_row("decode one token", clock.time_cpu(calls, seconds=3, rounds=(10, 50)))
-    calls = {m: models.training_step(net, forward) for m, net in adapted.items()}
+    calls = {m: steps.training_step(net, forward) for m, net in adapted.items()}
     show_row("forward + backward", clock.time_cpu(calls, seconds=5, rounds=(3, 10)))
 
 
