@@ -15,7 +15,7 @@ namespace {
 
 #define FUNCTIONS(DO) \
   DO(launch_linear) DO(launch_shrink) DO(launch_decode) DO(launch_shrink_backward) DO(fastlora_shrink_counters) \
-  DO(fastlora_shrink_backward_counters) DO(fastlora_device) DO(fastlora_error)
+  DO(fastlora_decode_counters) DO(fastlora_shrink_backward_counters) DO(fastlora_device) DO(fastlora_error)
 #define MEMBER(name) decltype(&::name) name = nullptr;
 struct Library {
   FUNCTIONS(MEMBER)
@@ -100,16 +100,17 @@ Tensors outer(const Gated& t, const Tensor& given, TensorList f, bool last_is_ra
   return composed::cut(last_is_rank ? sum.t() : sum, f, last_is_rank);
 }
 
-// One launch for few tokens, whose z nobody wants. K is not split: the kernel rounds each part of z, which may cancel.
+// One launch for few tokens, whose z nobody wants. w [N, K] and a lie along K, b along the ranks.
 Tensor decode(const Product& q, const Tensor& x, const Tensor& w) {
   const auto a = with_rows(composed::joined(q.a, false, x.size(1), x));
   const auto b = with_rows(composed::joined(q.f, true, q.N, x).t()), y = at::empty({x.size(0), q.N}, x.options());
   Launch launch(x);
   DecodeParams p{};
   p.x = launch.rows(x), p.w = launch.rows(w), p.y = launch.rows(y), p.m = x.size(0), p.n = q.N, p.k = x.size(1);
-  p.parts[0] = {launch.rows(a), 0, a.size(0), 0, q.N}, p.b[0] = launch.rows(b), p.count = p.splits = 1;
+  p.parts[0] = {launch.rows(a), 0, a.size(0), 0, q.N}, p.b[0] = launch.rows(b), p.count = 1;
   launch.gate(p, q.z.gate, a.size(0));
   launch.epilogue(p, q);
+  launch.split(p, 3, library.fastlora_decode_counters(1, q.N), p.k, FASTLORA_TILE, x);
   launch(library.launch_decode, p, x.scalar_type());
   return y.reshape(with_last(q.like.sizes(), q.N));
 }
@@ -123,8 +124,7 @@ Tensor product(Product& q) {
     if (!q.want_z && !across && rows_of(q.x) <= most) return decode(q, with_rows(flat(q.x)), w);
     project(q.z, q.x, q.a, false, {});
   }
-  const auto type = q.like.scalar_type();
-  const auto zg = q.z.in(type), f = composed::joined(q.f, q.last_is_rank, q.N, zg), b = with_rows(across ? f : f.t());
+  const auto zg = q.z.in(q.like.scalar_type()), f = composed::joined(q.f, q.last_is_rank, q.N, zg), b = with_rows(across ? f : f.t());
   const auto x = base ? with_rows(flat(q.x)) : zg, y = at::empty({zg.size(0), q.N}, zg.options());
   Launch launch(x);
   LinearParams p{};
@@ -133,7 +133,7 @@ Tensor product(Product& q) {
   p.parts[0] = {launch.rows(b), 0, zg.size(1), 0, q.N}, p.count = 1;
   launch.epilogue(p, q);
   if (q.column_scale) p.u = launch.rows(flat(q.u = at::empty(with_last(q.like.sizes(), q.N), y.options())));
-  launch(library.launch_linear, p, type, q.dropout);
+  launch(library.launch_linear, p, zg.scalar_type(), q.dropout);
   return y.reshape(with_last(q.like.sizes(), q.N));
 }
 

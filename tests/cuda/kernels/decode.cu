@@ -113,28 +113,34 @@ static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_
     }
     if (pieces <= 0) break;
     copy_async_wait<STAGES - 2>();
-    unsigned char* stage = stage_of(end);
-    // z lies where x's rows would.
+    // z lies where x's rows would, and in the next stage what is left of it by rounding: a split's z may be much larger than
+    // the sum of all, so it must not be rounded by itself.
+    unsigned char *stage = stage_of(end), *rest = stage_of(end + 1);
     UNROLL for (int i = 0; i < TILES * 4; i++) {
       const int row = lane % 4 * 2 + i % 2, rank = warp * 16 + lane / 4 + i % 4 / 2 * 8;
       if (!ranked || i / 4 >= tiles) break;
       const float* g = table.gates[i / 4 * 8 + row];
       const bool real = table.rows[a_row + rank];
       const float zg = z[i / 4].v[i % 4] * (routed ? 1.f : p.scale) * (g && real ? g[rank0 + rank] : 1.f);
-      unsigned char* to = stage + (BN + i / 4 * 8) * ROW + swizzle<CHUNKS>(row, rank / 8) + rank % 8 * 2;
-      *reinterpret_cast<T*>(to) = T(real ? zg : 0.f);
+      const int to = (BN + i / 4 * 8) * ROW + swizzle<CHUNKS>(row, rank / 8) + rank % 8 * 2;
+      const T high = T(real ? zg : 0.f);
+      const bool finite = float(high) - float(high) == 0.f;  // nothing is left of an infinity
+      *reinterpret_cast<T*>(stage + to) = high;
+      *reinterpret_cast<T*>(rest + to) = T(real && finite ? zg - float(high) : 0.f);
     }
     __syncthreads();
     ROLLED for (int i = 0; i < pieces; i++) {
-      uint32_t b[4], zg[4];
+      uint32_t b[4], high[4], low[4];
       const int row = i * 16 + lane / 16 * 8 + lane % 8;
       if (routed) ldmatrix_trans(b, stage + swizzle<CHUNKS>(row, warp * 2 + lane / 8 % 2));
       else ldmatrix(b, stage + swizzle<CHUNKS>(warp * 16 + lane % 16, i * 2 + lane / 16));
       UNROLL for (int j = 0; j < TILES; j += 2) {
         if (j >= tiles) break;
         Vector<float, 4> update[2] = {};
-        ldmatrix(zg, stage + swizzle<CHUNKS>(BN + j * 8 + lane / 16 * 8 + lane % 8, i * 2 + lane / 8 % 2));
-        mma(update[0].v, b, zg[0], zg[1], T{}), mma(update[1].v, b, zg[2], zg[3], T{});
+        const int from = swizzle<CHUNKS>(BN + j * 8 + lane / 16 * 8 + lane % 8, i * 2 + lane / 8 % 2);
+        ldmatrix(high, stage + from), ldmatrix(low, rest + from);
+        mma(update[0].v, b, high[0], high[1], T{}), mma(update[1].v, b, high[2], high[3], T{});
+        mma(update[0].v, b, low[0], low[1], T{}), mma(update[1].v, b, low[2], low[3], T{});
         UNROLL for (int e = 0; e < 8; e++) {
           // Not a product with 0: what another token's adapter gives may be infinite.
           const float factor = table.factors[i][(j + e / 4) * 8 + lane % 4 * 2 + e % 2];
