@@ -101,7 +101,7 @@ class Problem:
                 yield slice(token, token + 1), start, self.down[slot][i], b, 1.0, factor
 
     def solve(self):
-        case, x, w = self.case, self.x.double(), self.w.double()
+        x, w = self.x.double(), self.w.double()
         y, size = x @ w.t(), x.abs() @ w.abs().t()
         for tokens, column, a, b, before, after in self.updates():
             a, b, inside = a.double(), b.double().t(), (tokens, slice(column, column + len(b)))
