@@ -6,6 +6,7 @@ import harness
 import pytest
 import torch
 from harness import assert_close, set_matrix, set_parts
+from routes import set_pages, set_route
 
 from fastlora.ops.routed import Route, lora_routed_forward_reference
 
@@ -60,7 +61,7 @@ class Problem:
         self.c = tensor(case.n, dtype=torch.float32, shift=0) if case.column_scale else None
         shape = case.m if case.gate == "token" else 1, sum(case.ranks)
         self.g = tensor(*shape, dtype=torch.float32, shift=0) if case.gate else None
-        self.scale, self.route = 2.0 if case.exact else 1.25, {}
+        self.scale, self.route = 2.0 if case.exact else 1.25, None
         self.a, self.b = [own[0] for own in self.down], self.up
         if case.lists:
             self.page()
@@ -79,15 +80,11 @@ class Problem:
                 B[page * 8 + row % 8] = self.up[slot][:, row]
                 for i in range(parts):
                     A[(page * parts + i) * 8 + row % 8] = self.down[slot][i][row]
-        self.a = [A[8 * i :] for i in range(parts)]
-        self.b = [B[:, start:] for start in self.starts]
+        self.a, self.b = [A], [B]
         route = Route.from_lists(case.lists, device=harness.DEVICE)
-        route = route.with_room(len(route.slots) + 3, len(route.tiles) + 2)
-        tables = dict(table=table, ranks=torch.tensor(case.ranks, dtype=torch.int32), scales=2.0 ** torch.arange(-2, 4))
-        self.route = {name: t.to(harness.DEVICE) for name, t in tables.items()}
-        self.route |= {name: getattr(route, name) for name in ("tiles", "offsets", "slots", "order", "gates")}
-        self.route |= dict(a_page=8 * parts * A.stride(0), b_page=8 * B.stride(0), table_stride=most)
-        self.route |= dict(count=len(route.tiles), known=len(case.ranks))
+        self.route = route.with_room(len(route.slots) + 3, len(route.tiles) + 2)
+        tables = table, torch.tensor(case.ranks, dtype=torch.int32), 2.0 ** torch.arange(-2, 4)
+        self.table, self.ranks, self.scales = (t.to(harness.DEVICE) for t in tables)
 
     def updates(self):
         """(tokens, first column, a, b, what z is multiplied by, what z b is) of each adapter and part."""
@@ -97,7 +94,7 @@ class Problem:
                 g = 1 if self.g is None else self.g.double().split(case.ranks, 1)[i]
                 yield slice(None), start, self.down[i][0], self.up[i], self.scale * g, 1.0
             for token, slot, gate in ((t, *e) for t, entries in enumerate(case.lists) for e in entries if e[0] < known):
-                b, factor = self.up[slot][start : start + width], gate * float(self.route["scales"][slot])
+                b, factor = self.up[slot][start : start + width], gate * float(self.scales[slot])
                 yield slice(token, token + 1), start, self.down[slot][i], b, 1.0, factor
 
     def solve(self):
@@ -124,21 +121,29 @@ class Problem:
         for name, t in dict(x=self.x, w=self.w, y=y, g=self.g).items():
             set_matrix(getattr(p, name), t)
         p.g.stride *= case.gate == "token"
-        set_parts(p.parts, self.a, [0] * len(self.a) if case.lists else case.ranks, self.columns)
-        for place, b in zip(p.b, self.b, strict=False):
+        none = [None] * len(self.columns), [0] * len(self.columns)
+        set_parts(p.parts, *(none if self.route else (self.a, case.ranks)), self.columns)
+        named = dict(bias=self.bias, column_scale=self.c, partial=parts, arrived=counters)
+        if self.route:
+            (A,), (B,) = self.a, self.b
+            set_route(p.route, self.route, self.table, self.ranks)
+            set_pages(p.a_pages, A, 8 * len(self.columns) * A.stride(0), 8 * A.stride(0), A.stride(0))
+            set_pages(p.b_pages, B, 8 * B.stride(0), 0, B.stride(0))
+            named |= dict(gates=self.route.gates, scales=self.scales)
+        for place, b in zip(p.b, self.b if not self.route else (), strict=False):
             set_matrix(place, b)
-        for name, value in self.route.items():
-            setattr(p.route, name, value if isinstance(value, int) else value.data_ptr())
-        for name, t in dict(bias=self.bias, column_scale=self.c, partial=parts, arrived=counters).items():
+        for name, t in named.items():
             setattr(p, name, None if t is None else t.data_ptr())
         p.partials, p.counters = parts.numel(), counters.numel()
-        p.m, p.n, p.k, p.count, p.splits, p.scale = case.m, case.n, case.k, len(self.a), case.splits, self.scale
+        p.m, p.n, p.k, p.count, p.splits, p.scale = case.m, case.n, case.k, len(self.columns), case.splits, self.scale
         p.type = library.constants["FASTLORA_FP16" if case.dtype == torch.float16 else "FASTLORA_BF16"]
         return p
 
     def tensors(self, outputs):
         inputs = dict(x=self.x, w=self.w, bias=self.bias, c=self.c, g=self.g)
-        inputs |= {name: t for name, t in self.route.items() if not isinstance(t, int)}
+        if self.route:
+            inputs |= {name: getattr(self.route, name) for name in ("order", "tiles", "offsets", "slots", "gates")}
+            inputs |= dict(table=self.table, ranks=self.ranks, scales=self.scales)
         inputs |= {f"m{i}": t for i, t in enumerate([*self.a, *self.b])}
         return {name: (t, 0) for name, t in inputs.items()} | {f"out{i}": (t, 1) for i, t in enumerate(outputs)}
 
@@ -199,9 +204,9 @@ def test_decode(case, mode):
 
 def test_the_reference_agrees():
     problem = Problem(next(c for c in CASES if c.name == "routed, slices"))
-    route, t = Route.from_lists(MIXED, device=harness.DEVICE), problem.route
+    route = Route.from_lists(MIXED, device=harness.DEVICE)
     pages = problem.a[0].double().view(-1, 3, 8, problem.case.k), problem.b[0].double().view(-1, 8, problem.case.n)
-    pages += t["table"], t["ranks"], t["scales"].double(), torch.full_like(t["ranks"], -1)
+    pages += problem.table, problem.ranks, problem.scales.double(), torch.full_like(problem.ranks, -1)
     lists = None, route.tensors, route.gates.double(), ()
     given = problem.x.double(), problem.w.double(), (), (), torch.ones(()), *lists
     y, _ = lora_routed_forward_reference(*given, problem.columns, pages)
@@ -216,7 +221,7 @@ def test_tokens_do_not_see_each_other():
         alone = Problem(replace(ROUTED, m=1, lists=[own]))
         alone.x, alone.w, alone.a, alone.b = problem.x[token : token + 1], problem.w, problem.a, problem.b
         assert torch.equal(alone.run(harness.library(), 0)[0], y[token])
-    problem.b[0][int(problem.route["table"][2, 1]) * 8] = float("inf")
+    problem.b[0][int(problem.table[2, 1]) * 8] = float("inf")
     other = problem.run(harness.library(), 0)
     assert torch.equal(other[[1, 2, 3, 5]], y[[1, 2, 3, 5]]) and not other[[0, 4]].isfinite().any()
 
@@ -250,23 +255,24 @@ def test_rows_far_apart(name):
     near = dict(x=problem.x, w=problem.w, y=y, a=problem.a[0], b=problem.b[0])[key]
     far = harness.far_apart(*near.shape, torch.bfloat16, 2**31 // (near.shape[0] - 1) + 8).copy_(near)
     vars(problem)[key] = [far] if key in "ab" else far
-    problem.route |= {f"{key}_page": 8 * far.stride(0)} if name in "AB" else {}
     outputs = far if name == "y" else y, *workspace
     tensors = {name: (t, 1) for name, (t, _) in problem.tensors(outputs).items()}
     library.launch("launch_decode", problem.params(library, outputs), tensors, 2)
     assert_close(outputs[0], truth, size, False)
 
 
+ROUTE = " ".join(f"route.{name}" for name in ("tiles", "offsets", "slots", "order", "ranks", "table.data"))
 REFUSALS = [
-    ("NULL", "x.data w.data y.data parts.0.m.data b.1.data partial arrived", "parts.0.m.data b.0.data", None),
+    ("NULL", "x.data w.data y.data parts.0.m.data b.1.data partial arrived", "a_pages.data b_pages.data scales", None),
     ("MISALIGNED", "g.data arrived partial", "route.order", lambda v: v + 2),
-    ("FOREIGN", "bias column_scale g.data", "tiles offsets slots order gates table ranks scales", "foreign"),
-    ("SHAPE", "m route.count", "", -1),
+    ("FOREIGN", "bias column_scale g.data", ROUTE + " gates scales a_pages.data", "foreign"),
+    ("SHAPE", "m route.count", "m", -1),
     ("SHAPE", "n count splits y.stride", "", 0),
-    ("SHAPE", "type parts.1.rank route.count", "g.data parts.0.ranks", 2),
+    ("SHAPE", "type parts.1.rank", "g.data route.m", 2),
     ("SHAPE", "splits", "", 65536),
-    ("TOO_LARGE", "m", "count", lambda v: v + 126),
-    ("TOO_LARGE", "b.0.stride", "route.a_page route.b_page route.table_stride", 2**31),
+    ("NULL", "", "parts.0.ranks", 2),
+    ("TOO_LARGE", "m", "route.count", lambda v: v + 126),
+    ("TOO_LARGE", "b.0.stride", "a_pages.page b_pages.page route.table.stride", 2**31),
     ("WORKSPACE", "partials counters", "", lambda v: v - 1),
 ]
 
@@ -278,7 +284,7 @@ def test_refusals(status, dense, paged, value):
         outputs = problem.outputs(library)
         library.declare(problem.tensors(outputs))
         for path in paths.split():
-            params, path = problem.params(library, outputs), f"route.{path}" if path in problem.route else path
+            params = problem.params(library, outputs)
             assert harness.refused(library, "launch_decode", params, path, value) == f"FASTLORA_{status}", path
         assert torch.isnan(outputs[0]).all(), "refused, and written all the same"
 

@@ -7,6 +7,7 @@ import pytest
 import test_routed_shrink as shrink
 import torch
 from harness import DEVICE, assert_close, set_matrix
+from routes import set_pages, set_route
 from test_routed_shrink import MIXED, Case
 
 import fastlora
@@ -53,7 +54,8 @@ class Problem(shrink.Problem):
         p, step = library.structs["Routed_expandParams"](), self.B.stride(0)
         set_matrix(p.y, y)
         set_matrix(p.z, self.z)
-        self.set_route(p, p.b, (self.B, step * 8, 0, step))
+        set_route(p.route, self.route, self.table, self.ranks)
+        set_pages(p.b, self.B, step * 8, 0, step)
         p.gates, p.scales = self.route.gates.data_ptr(), self.scales.data_ptr()
         p.columns[: len(self.case.slices)] = self.case.slices
         p.count, p.type = len(self.case.slices), self.type(library)

@@ -6,6 +6,7 @@ import harness
 import pytest
 import torch
 from harness import DEVICE, assert_close, set_matrix
+from routes import set_pages, set_route
 
 import fastlora
 
@@ -88,18 +89,6 @@ class Problem:
                 entry += 1
         return z.flatten(2)
 
-    def set_route(self, p, pages, strides):
-        """Fills the Routed and the Pages of params; strides: the pages, then elements from page to page, slice, row."""
-        route = self.route
-        for name in ("order", "tiles", "offsets", "slots"):
-            setattr(p.route, name, getattr(route, name).data_ptr())
-        p.route.ranks = self.ranks.data_ptr()
-        set_matrix(p.route.table, self.table)
-        p.route.m, p.route.count, p.route.entries = len(self.case.lists), len(route.tiles), len(route.slots)
-        p.route.adapters, p.route.pages = self.table.shape
-        pages.data = strides[0].data_ptr()
-        pages.page, pages.slice, pages.row = strides[1:]
-
     def type(self, library):
         return library.constants["FASTLORA_FP16" if self.case.dtype == torch.float16 else "FASTLORA_BF16"]
 
@@ -121,7 +110,8 @@ class Problem:
         set_matrix(p.x, self.x)
         set_matrix(p.z, z)
         step = self.A.stride(0)
-        self.set_route(p, p.a, (self.A, step * 8 * len(case.slices), step * 8, step))
+        set_route(p.route, self.route, self.table, self.ranks)
+        set_pages(p.a, self.A, step * 8 * len(case.slices), step * 8, step)
         p.partial, p.partials = parts.data_ptr(), parts.numel()
         p.arrived, p.counters = counters.data_ptr(), counters.numel()
         p.k, p.slices, p.splits, p.type = case.k, len(case.slices), case.splits, self.type(library)

@@ -1,7 +1,7 @@
 // y = c ⊙ (x w + Σ adapters) + bias for few tokens, in one launch. w's rows are the mma's M side, the tokens its N side.
 // K is split; as the update is linear in z, each split applies b to its own part of z and waits for nobody.
-#include "check.h"
 #include "reduce.cuh"
+#include "routed.cuh"
 
 // A warp has 16 columns of y and, in each pass over x, a piece: 16 rank rows. A thread has a row of w or of x.
 constexpr int BN = 64, TOKENS = FASTLORA_TILE / BN, TILES = TOKENS / 8, PIECES = 4, RANKS = PIECES * 16;
@@ -18,12 +18,10 @@ template <class T> struct alignas(128) Table {
   int counts[THREADS];
 };
 
-DEVICE int rank_of(const Route& r, int slot) { return slot >= 0 && slot < r.known ? r.ranks[slot] : 0; }
-
 // Fills in the rows of a and b, and the factors, of the pieces from number `skip` on, in the order of tiles and lists;
 // how many there are. A thread has a tile, then a rank row and a token of a piece.
 template <class T> DEVICE int route(const DecodeParams& p, Table<T>& table, int skip, int a_row) {
-  const Route& r = p.route;
+  const Routed& r = p.route;
   const int thread = threadIdx.x, *tile = r.tiles + 3 * thread, length = thread < r.count && tile[1] > 0 ? tile[2] : 0;
   const int* slots = r.slots + (length ? r.offsets[r.order[tile[0]]] : 0);
   int mine = 0, before = -skip, all = -skip;
@@ -43,13 +41,12 @@ template <class T> DEVICE int route(const DecodeParams& p, Table<T>& table, int 
   const Piece& piece = table.pieces[thread / 16];
   const int row = piece.first + thread % 16;
   if (row < piece.rank) {
-    const long long page = r.table[piece.slot * r.table_stride + row / 8];
-    a = at<T>(p.parts[blockIdx.y].m, row % 8, 0) + page * r.a_page;
-    b = at<T>(p.b[blockIdx.y], row % 8, 0) + page * r.b_page;
+    a = rank_row<T>(p.a_pages, r, piece.slot, blockIdx.y, row);
+    b = rank_row<T>(p.b_pages, r, piece.slot, 0, row) + p.parts[blockIdx.y].column;
   }
   if (thread % 16 < piece.tokens) {
     const int token = int(r.order[piece.position + thread % 16]);
-    table.factors[thread / 16][token] = r.gates[r.offsets[token] + piece.entry] * r.scales[piece.slot];
+    table.factors[thread / 16][token] = p.gates[r.offsets[token] + piece.entry] * p.scales[piece.slot];
   }
   return all;
 }
@@ -64,7 +61,7 @@ static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_
   if (n0 >= columns) return;  // the grid is as wide as the widest part
   const int all = int(cdiv(p.k, BK)), each = int(cdiv(all, gridDim.z));
   const int begin = min(int(blockIdx.z) * each, all), end = min(begin + each, all);
-  const bool routed = p.route.count > 0, there = token < 0 ? n0 + thread < columns : token < m;
+  const bool routed = routes(p.route), there = token < 0 ? n0 + thread < columns : token < m;
   const int a_row = BN + tiles * 8, stage_rows = a_row + (routed ? RANKS : min(RANKS, int(cdiv(ranks, 16)) * 16));
   if (token >= 0) table.gates[token] = there && p.g.data ? at<float>(p.g, token, part.rank) : nullptr;
   table.rows[thread] = !there ? nullptr : token < 0 ? at<T>(p.w, part.column + n0 + thread, 0) : at<T>(p.x, token, 0);
@@ -169,30 +166,25 @@ extern "C" int launch_decode(const DecodeParams* params, void* stream) {
   Check check(params);
   if (check.status) return check.status;
   const DecodeParams& p = *params;
-  const Route& r = p.route;
   check.common(p, p.k, 2, false, false);
+  const bool routed = check_route(check, p.route, p.a_pages, p.k, p.type);
+  check_pages(check, p.route, p.b_pages, p.n);
   check.size(p.k), check.matrix(p.x, p.m, p.k, 2);
-  check.refuse(check.columns != p.n || p.splits < 1 || p.splits > 65535 || r.count < 0 || r.known < 0, FASTLORA_SHAPE);
-  check.refuse(r.count && (check.ranks || p.g.data), FASTLORA_SHAPE);
-  check.refuse(p.m > TOKENS || r.count > THREADS, FASTLORA_TOO_LARGE);
+  check.refuse(check.columns != p.n || p.splits < 1 || p.splits > 65535, FASTLORA_SHAPE);
+  check.refuse(routed && (check.ranks || p.g.data || p.route.m != p.m), FASTLORA_SHAPE);
+  check.refuse(p.m > TOKENS || p.route.count > THREADS, FASTLORA_TOO_LARGE);
   const long long tiles = check.status || !p.m ? 0 : fastlora_decode_counters(p.count, check.widest);
   check.matrix(p.w, p.n, p.k, 2);
   check.matrix(p.y, p.m, p.n, 2, true);
   if (p.g.data) check.matrix(p.g, p.m, check.ranks, 4);
   if (p.bias) check.pointer(p.bias, 2);
   if (p.column_scale) check.pointer(p.column_scale, sizeof *p.column_scale);
-  for (int i = 0; !check.status && i < p.count; i++) {
-    check.matrix(p.b[i], p.parts[i].columns, r.count ? r.known : p.parts[i].ranks, 2);
-    if (r.count && r.known) check.matrix(p.parts[i].m, p.parts[i].columns, p.k, 2);
-  }
-  const void *lists[] = {r.tiles, r.offsets, r.slots, r.gates}, *tables[] = {r.table, r.ranks, r.scales};
-  for (const void* list : lists) if (r.count) check.pointer(list, 4);
-  for (const void* table : tables) if (r.count && r.known) check.pointer(table, 4);
-  if (r.count) check.pointer(r.order, 8);
-  for (long long stride : {r.a_page, r.b_page, r.table_stride}) check.size(stride);
+  for (int i = 0; !check.status && i < p.count; i++) check.matrix(p.b[i], p.parts[i].columns, p.parts[i].ranks, 2);
+  if (routed) check.pointer(p.gates, sizeof *p.gates);
+  if (routed && p.route.adapters) check.pointer(p.scales, sizeof *p.scales);
   if (p.splits > 1 && tiles) check.workspace(p, tiles * p.splits * FASTLORA_TILE, tiles);
   if (check.status || !tiles) return check.status;
-  const int rows = BN + int(cdiv(p.m, 16)) * 16 + (r.count ? RANKS : min(RANKS, int(cdiv(check.ranks, 16)) * 16));
+  const int rows = BN + int(cdiv(p.m, 16)) * 16 + (routed ? RANKS : min(RANKS, int(cdiv(check.ranks, 16)) * 16));
   auto* kernel = p.type == FASTLORA_BF16 ? decode_kernel<bf16> : decode_kernel<fp16>;
   const dim3 grid(unsigned(cdiv(check.widest, BN)), p.count, p.splits);
   return check.launch(kernel, grid, THREADS, int(sizeof(Table<bf16>)) + STAGES * rows * ROW, p, stream);

@@ -38,14 +38,15 @@ struct ShrinkParams {
   int count, dropped, type, splits;  // splits: parts of K, added in their order
 };
 
-// What Route and Pages of fastlora/ops/route.py hold: tokens with equal lists of adapters in tiles of at most sixteen,
-// and for each slot the pages that have its rank rows, eight a page.
-struct Route {
-  const int *tiles, *offsets, *slots, *table, *ranks;
-  const long long* order;
-  const float *gates, *scales;
-  long long a_page, b_page, table_stride;  // elements from one page, or row of the table, to the next
-  int count, known;                        // tiles; slots that have a row in the tables
+// Rank row r of slot s: row r % 8 of page table[s, r / 8]. Elements from one page, slice of y's columns, row to the next.
+struct Pages { void* data; long long page, slice, row; };
+// Which adapters each token uses: the tensors of a Route and of Pages (fastlora/ops/route.py). They are trusted, but a
+// slot that is not in the tables has rank 0.
+struct Routed {
+  const long long* order;                         // [m]
+  const int *tiles, *offsets, *slots, *ranks;     // [count, 3]; [m + 1]; [entries]; [adapters]
+  Matrix table;                                   // int [adapters, pages]
+  long long m, count, entries, adapters, pages;
 };
 
 // y = c ⊙ (x w + zg b) + bias for at most 64 tokens, zg as in the shrink; with a route each token's own adapters:
@@ -56,9 +57,11 @@ struct DecodeParams {
   const float* column_scale;  // null or c [n]
   float* partial;             // as for the shrink, with fastlora_decode_counters()
   unsigned* arrived;
-  Part parts[FASTLORA_PARTS];  // m: a; with a route its pages for this part, from the first on, and no ranks
-  Matrix b[FASTLORA_PARTS];    // [columns, ranks] of each part; with a route the pages of B from the part's column on
-  Route route;                 // no tiles: none
+  Part parts[FASTLORA_PARTS];    // m: a; with a route columns alone
+  Matrix b[FASTLORA_PARTS];      // [columns, ranks] of each part; not with a route
+  Routed route;                  // of m tokens, or no tiles, entries or pages: none
+  Pages a_pages, b_pages;        // rows of k, a slice for each part; of n
+  const float *gates, *scales;   // [entries]; [adapters]
   long long m, n, k, partials, counters;
   float scale;
   int count, type, splits;
@@ -94,17 +97,6 @@ struct ExpandParams {
   Part parts[FASTLORA_PARTS];
   long long m;
   int count, type;
-};
-
-// Rank row r of slot s: row r % 8 of page table[s, r / 8]. Elements from one page, slice of y's columns, row to the next.
-struct Pages { void* data; long long page, slice, row; };
-// Which adapters each token uses: the tensors of a Route and of Pages (fastlora/ops/route.py). They are trusted, but a
-// slot that is not in the tables has rank 0.
-struct Routed {
-  const long long* order;                         // [m]
-  const int *tiles, *offsets, *slots, *ranks;     // [count, 3]; [m + 1]; [entries]; [adapters]
-  Matrix table;                                   // int [adapters, pages]
-  long long m, count, entries, adapters, pages;
 };
 
 // z[entry] = x aᵀ of its token and slot: in fp32, for each slice 8 · pages columns, zero beyond the rank.

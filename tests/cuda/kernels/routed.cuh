@@ -21,17 +21,22 @@ DEVICE int rank_of(const Routed& route, int slot) {
 template <class T> DEVICE const T* rank_row(const Pages& pages, const Routed& route, int slot, int slice, int row) {
   return static_cast<const T*>(pages.data) + *at<int>(route.table, slot, row / 8) * pages.page + slice * pages.slice + row % 8 * pages.row;
 }
+// Whether any token may have an adapter.
+__host__ __device__ inline bool routes(const Routed& r) { return r.m && r.count && r.entries && r.pages; }
 
+static void check_pages(Check& check, const Routed& r, const Pages& pages, long long columns) {
+  for (long long n : {pages.page, pages.slice, pages.row, columns}) check.size(n);
+  if (routes(r) && r.adapters && columns) check.pointer(pages.data, 2);
+}
 // False where there is nothing to do. `columns`: of a rank row.
 static bool check_route(Check& check, const Routed& r, const Pages& pages, long long columns, int type) {
   check.refuse(type != FASTLORA_BF16 && type != FASTLORA_FP16, FASTLORA_SHAPE);
-  for (long long n : {r.m, r.count, r.entries, r.adapters, r.pages * 8, pages.page, pages.slice, pages.row, columns})
-    check.size(n);
-  if (check.status || !r.m || !r.count || !r.entries || !r.pages) return false;
+  for (long long n : {r.m, r.count, r.entries, r.adapters, r.pages * 8}) check.size(n);
+  check_pages(check, r, pages, columns);
+  if (check.status || !routes(r)) return false;
   check.pointer(r.order, sizeof *r.order);
   for (const int* p : {r.tiles, r.offsets, r.slots}) check.pointer(p, sizeof *p);
   if (r.adapters) check.pointer(r.ranks, sizeof *r.ranks);
-  if (r.adapters && columns) check.pointer(pages.data, 2);
   check.matrix(r.table, r.adapters, r.pages, 4);
   return true;
 }
