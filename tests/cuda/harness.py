@@ -82,8 +82,9 @@ def made(name, suffix, command, inputs):
     """CACHE/name-….suffix as `command` makes it, unless it is there for the same command and the same inputs."""
     key = repr([command, [(p.name, p.read_bytes()) for p in inputs]])
     output = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}{suffix}"
-    if output.exists():
-        os.utime(output)  # what is in use is not the oldest
+    said = output.with_suffix(".txt")
+    if output.exists() and said.exists():
+        os.utime(output), os.utime(said)  # what is in use is not the oldest
     else:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +92,7 @@ def made(name, suffix, command, inputs):
             done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
             if done.returncode:
                 raise BuildError(done.stderr[-3000:])
-            output.with_suffix(".txt").write_text(done.stderr)
+            said.write_text(done.stderr)
             # through a name in the same folder: whoever looks sees all of it or nothing
             beside = output.with_suffix(f".{os.getpid()}")
             shutil.copy(unfinished, beside)
@@ -222,6 +223,14 @@ def guarded(shape, dtype, stride=None, shift=0, device=DEVICE):
     start = GUARD + -raw.data_ptr() % 64 + shift * size
     whole = raw[start : start + -(-extent // size) * size].view(dtype)
     return whole.as_strided(shape, strides)
+
+
+def draw(case, rng, *shape, dtype=None, shift=None, pad=None):
+    """A guarded tensor of a case's type, shift and pad: small integers where it is exact, else normal."""
+    small, wide = torch.randint(-2, 3, shape, generator=rng), torch.randn(shape, generator=rng, dtype=torch.float64)
+    stride = shape[-1] + (case.pad if pad is None else pad)
+    t = guarded(shape, dtype or case.dtype, stride, case.shift if shift is None else shift)
+    return t.copy_(small if case.exact else wide)
 
 
 def far_apart(rows, columns, dtype, stride):

@@ -1,5 +1,6 @@
 """The expand on the emulator, against float64: y in place, slices, alignment, refusals."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import harness
@@ -32,14 +33,7 @@ class Problem:
     def __init__(self, case):
         self.case = case
         rng = torch.Generator().manual_seed(0)
-
-        def tensor(*shape):
-            if case.exact:
-                values = torch.randint(-2, 3, shape, generator=rng).double()
-            else:
-                values = torch.randn(shape, generator=rng, dtype=torch.float64)
-            return harness.guarded(shape, case.dtype, shape[-1] + case.pad, case.shift).copy_(values)
-
+        tensor = functools.partial(harness.draw, case, rng)
         self.z, self.before = tensor(case.m, sum(case.ranks)), tensor(case.m, sum(case.columns))
         self.b = [tensor(c, r) for c, r in zip(case.columns, case.ranks, strict=True)]
         if case.cancel:

@@ -1,6 +1,7 @@
 """dy's one pass on the emulator, against float64: t, dz, dg, db, the order of sums, counters, workspace, refusals."""
 
 import ctypes
+import functools
 from dataclasses import dataclass, replace
 
 import harness
@@ -40,14 +41,7 @@ class Problem:
     def __init__(self, case):
         self.case, self.n, self.total = case, sum(case.columns), sum(case.ranks)
         rng = torch.Generator().manual_seed(0)
-
-        def tensor(*shape, dtype=case.dtype, shift=case.shift):
-            if case.exact:
-                values = torch.randint(-2, 3, shape, generator=rng).double()
-            else:
-                values = torch.randn(shape, generator=rng, dtype=WIDE)
-            return harness.guarded(shape, dtype, shape[-1] + case.pad, shift).copy_(values)
-
+        tensor = functools.partial(harness.draw, case, rng)
         self.dy, self.z = tensor(case.m, self.n), tensor(case.m, self.total, dtype=torch.float32, shift=0)
         self.b = [tensor(n, r) for n, r in zip(case.columns, case.ranks, strict=True)]
         if case.cancel:

@@ -1,5 +1,6 @@
 """da on the emulator, against float64: values, masks, the order of sums, counters, workspace, refusals."""
 
+import functools
 from dataclasses import dataclass, replace
 
 import harness
@@ -38,14 +39,7 @@ class Problem:
     def __init__(self, case):
         self.case, self.total = case, sum(case.ranks)
         rng = torch.Generator().manual_seed(0)
-
-        def tensor(*shape, dtype=case.dtype):
-            if case.exact:
-                values = torch.randint(-2, 3, shape, generator=rng).double()
-            else:
-                values = torch.randn(shape, generator=rng, dtype=torch.float64)
-            return harness.guarded(shape, dtype, shape[-1] + case.pad, case.shift).copy_(values)
-
+        tensor = functools.partial(harness.draw, case, rng)
         self.x = tensor(case.m, case.k)
         self.dz = tensor(case.m, self.total, dtype=torch.float32 if "dz" in case.wide else case.dtype)
         if case.cancel:
