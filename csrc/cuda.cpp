@@ -90,14 +90,15 @@ void project(Gated& z, const Tensor& given, TensorList f, bool last_is_rank, con
 // (t g)ᵀ D(x), cut into one gradient for each factor.
 Tensors outer(const Gated& t, const Tensor& given, TensorList f, bool last_is_rank, const Dropout& dropout) {
   const auto x = with_rows(flat(given)), tg = t.in(x.scalar_type());
-  const auto sum = at::empty({tg.size(1), x.size(1)}, x.options().dtype(at::kFloat));
+  const bool one = f.size() == 1 && !last_is_rank;   // its gradient is written where it stays
+  const auto sum = at::empty({tg.size(1), x.size(1)}, x.options().dtype(one ? f[0].scalar_type() : at::kFloat));
   Launch launch(x);
   Shrink_backwardParams p{};
-  p.x = launch.rows(x), p.dz = launch.rows(tg), p.m = x.size(0), p.k = x.size(1), p.fp32_da = 1, p.count = 1;
-  p.parts[0] = {launch.rows(sum), 0, tg.size(1), 0, 0};
+  p.x = launch.rows(x), p.dz = launch.rows(tg), p.m = x.size(0), p.k = x.size(1), p.count = 1;
+  p.parts[0] = {launch.rows(sum), 0, tg.size(1), 0, 0}, p.fp32_da = sum.scalar_type() == at::kFloat;
   launch.split(p, 2, library.fastlora_shrink_backward_counters(p.k, tg.size(1)), p.m, 2 * FASTLORA_TILE, x);
   launch(library.launch_shrink_backward, p, x.scalar_type(), dropout);
-  return composed::cut(last_is_rank ? sum.t() : sum, f, last_is_rank);
+  return one ? Tensors{sum} : composed::cut(last_is_rank ? sum.t() : sum, f, last_is_rank);
 }
 
 // One launch for few tokens, whose z nobody wants. w [N, K] and a lie along K, b along the ranks.
@@ -120,8 +121,8 @@ Tensor product(Product& q) {
   const auto w = base && across ? q.w.t() : q.w;
   if (q.start || (base && !has_rows(w))) return composed::products.product(q);
   if (!q.z.z.defined()) {
-    const int64_t most = total_rank(q.a, 0) > 48 ? 48 : 64;   // 99 KiB of shared memory
-    if (!q.want_z && !across && rows_of(q.x) <= most) return decode(q, with_rows(flat(q.x)), w);
+    const bool few = rows_of(q.x) <= (total_rank(q.a, 0) > 48 ? 48 : 64);   // 99 KiB of shared memory
+    if (!q.want_z && !across && few) return decode(q, with_rows(flat(q.x)), w);
     project(q.z, q.x, q.a, false, {});
   }
   const auto zg = q.z.in(q.like.scalar_type()), f = composed::joined(q.f, q.last_is_rank, q.N, zg), b = with_rows(across ? f : f.t());

@@ -68,8 +68,7 @@ def gpu_form(op, args):
     why = cuda_missing()
     if not why:
         major, minor = torch.cuda.get_device_capability(x.device)
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        why = module.cuda_objection(row, sizes, half, 10 * major + minor, None)
+        why = module.cuda_objection(row, sizes, x.dtype in (torch.bfloat16, torch.float16), 10 * major + minor, None)
     return f"composed of ATen calls; {why}" if why else f"CUDA C++: {row[1]}"
 
 
