@@ -128,7 +128,7 @@ class NoCuda(Exception):
 
 
 def run(*command):
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
         raise NoCuda(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}")
     return done.stdout
@@ -145,7 +145,8 @@ def find_nvcc():
     found = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known]
     if CUDA_ARCHITECTURES[0] not in found:
         raise NoCuda(f"{nvcc} does not compile for sm_{CUDA_ARCHITECTURES[0]}")
-    return nvcc, found, re.search(r"release ([\d.]+)", run(nvcc, "--version"))[1]
+    version = re.search(r"release ([\d.]+)", run(nvcc, "--version"))
+    return nvcc, found, version[1] if version else "unknown"
 
 
 def compile_cuda(target):

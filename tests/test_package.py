@@ -16,7 +16,8 @@ import fastlora
 from fastlora import backends, cli
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastlora", "kernels", "csrc", "examples/serve")
+COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastlora", "kernels", "csrc", "examples/serve",
+          "tests/cuda/kernels")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ COMPILES = 'while [ "$1" != -o ]; do shift; done; echo made >"$2"'
 
 def build_cuda(tmp_path, archs="compute_80 compute_90", compile=COMPILES, **variables):
     """(output, status, the library) of a build in a fresh copy of the sources, by an nvcc that only says it is one."""
-    for name in ("setup.py", "kernels"):
+    for name in ("setup.py", "kernels", "tests/cuda/kernels"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
@@ -111,6 +112,8 @@ def build_cuda(tmp_path, archs="compute_80 compute_90", compile=COMPILES, **vari
 def test_cuda_library(tmp_path):
     said, status, library = build_cuda(tmp_path, FASTLORA_CUDA="1")
     assert status == 0 and library.read_text() == "made\n", said
+    made = {path.stem for path in (tmp_path / "build").rglob("*.o")}
+    assert made == {path.stem for path in (ROOT / "tests/cuda/kernels").glob("*.cu")} != set()
 
 
 @pytest.mark.parametrize(
