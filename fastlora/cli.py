@@ -37,24 +37,22 @@ def main(argv=None):
 def info():
     """{name: sentence} of the versions and of what each back-end needs."""
     module, missing = backends.native()
-    forced = os.environ.get("FASTLORA_CPU")
+    forced, triton = os.environ.get("FASTLORA_CPU"), _installed("triton")
     return {
         "fastlora": f"{fastlora.__version__} in {Path(fastlora.__file__).parent}",
         "python": sys.version.split()[0],
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "_C": missing or f"built for torch {module.torch_version()}",
         "CPU": f"{module.cpu_name()}{' (FASTLORA_CPU)' if forced else ''}" if module else "plain torch, for want of _C",
-        "Triton": _triton(),
+        "Triton": triton.version if triton else "not installed: pip install triton",
         "CUDA": _cuda(),
         "CUDA C++": backends.cuda_missing() or f"there; FASTLORA_GPU={os.environ.get('FASTLORA_GPU', '')}",
     }
 
 
-def _triton():
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return "not installed: pip install triton"
+def _installed(name):
+    """What is installed under this name; None for nothing."""
+    return next(iter(metadata.distributions(name=name)), None)
 
 
 def _cuda():
@@ -79,10 +77,8 @@ def build_extension(source=None):
 
 def _installed_from():
     """(folder that pip installed from or None, whether the installation is that folder)"""
-    try:
-        recorded = json.loads(metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
-    except metadata.PackageNotFoundError:
-        recorded = {}
+    found = _installed(DISTRIBUTION)
+    recorded = json.loads(found and found.read_text("direct_url.json") or "{}")
     url = urlparse(recorded.get("url", ""))
     folder = Path(unquote(url.path)) if url.scheme == "file" else None
     return folder, recorded.get("dir_info", {}).get("editable", False)

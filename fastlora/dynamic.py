@@ -1,8 +1,7 @@
 """DyLoRA: one training run, after which every rank from 1 to r is usable.
 
-A layer at rank k computes y = base(x) + lora_alpha / k (D(x) lora_A[:k]ᵀ) lora_B[:, :k]ᵀ: slices of its factors, views,
-so that the cost falls with k. Training draws one rank for each optimizer step. A program written for DyLoRA's fork of
-loralib runs with `import fastlora.dynamic as lora`. Source: Valipour et al. 2022, arXiv 2210.07558.
+A layer at rank k runs slices of its factors, views, so that the cost falls with k. Training draws a rank for each
+optimizer step. A program for DyLoRA's fork of loralib runs with `import fastlora.dynamic as lora`.
 """
 
 import collections
@@ -37,8 +36,8 @@ _warned = False
 class DyLinear(static.Linear):
     """DyLoRA's Linear: loralib's arguments and state-dict keys, at rank 1 to begin with.
 
-    y = x Wᵀ + bias + lora_alpha / k (D(x) lora_A[:k]ᵀ) lora_B[:, :k]ᵀ. `set_rank(index)` is the original's, 0-based: k
-    is index + 1; `frozen` trains component k alone. Raises ValueError naming the argument. Source: arXiv 2210.07558.
+    y = x Wᵀ + bias + lora_alpha / k (D(x) lora_A[:k]ᵀ) lora_B[:, :k]ᵀ. `set_rank(index)` is 0-based: k is index + 1;
+    `frozen` trains component k alone. Raises ValueError naming it. Source: Valipour et al. 2022, arXiv 2210.07558.
     """
 
     def __init__(self, *args, **kwargs):
@@ -85,7 +84,8 @@ def _set(layers, rank, frozen=False, new_step=False):
     for layer in layers:
         layer.use_rank(rank and min(rank, layer.r), frozen)
         if new_step:
-            layer.forget_runs()
+            # no backward of earlier forwards will follow, whose recompute might be at another rank
+            layer._ran = frozenset()
         if frozen and layer not in _watched:
             _watched.add(layer)
             for parameter in filter(lambda p: p.requires_grad, (layer.lora_A, layer.lora_B)):
@@ -184,8 +184,7 @@ RankReport = collections.namedtuple("RankReport", ["values", "rank"])
 def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
     """({rank: fn(model)} for every rank, the smallest rank whose value is within `tolerance` of the best).
 
-    The model's ranks are put back; its training mode is fn's affair. Raises ValueError for a tolerance below 0, and if
-    all values are NaN, which is never the best.
+    The model's ranks are put back; its training mode is fn's affair. Raises ValueError: tolerance < 0, NaN alone.
     """
     check.value(tolerance >= 0, "tolerance", tolerance, "a number of at least 0")
     values = {}

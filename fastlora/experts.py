@@ -30,7 +30,13 @@ def open_experts(model, adapters, owner, bank=Bank, dtype=None):
         layer.place = place
     for name, (plan, _) in read.items():
         for layer, planned in plan.items():
-            layers[layer].tasks[escape(name)] = _adapter(planned, like(model.get_submodule(planned.path)), dtype)
+            base, pair = like(model.get_submodule(planned.path)), (planned.lora_A, planned.lora_B)
+            own = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
+            adapter = TaskAdapter()
+            adapter.attach_factors([t.shape for t in pair], planned.r, planned.lora_alpha, own, base.device)
+            for factor, given in zip(adapter.parameters(), pair, strict=True):
+                factor.copy_(given)
+            layers[layer].tasks[escape(name)] = adapter.requires_grad_(False)
     update_fast_paths(model)
     return layers
 
@@ -43,15 +49,6 @@ def _read(model, name, source):
         raise type(error)(f"fastlora: adapters[{name!r}]: {error}") from error
     check.value(not base, f"adapters[{name!r}]", "biases that were trained with it", "an adapter alone")
     return plan, config
-
-
-def _adapter(planned, base, dtype):
-    adapter, pair = TaskAdapter(), (planned.lora_A, planned.lora_B)
-    dtype = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
-    adapter.attach_factors([t.shape for t in pair], planned.r, planned.lora_alpha, dtype, base.device)
-    for own, given in zip(adapter.parameters(), pair, strict=True):
-        own.copy_(given)
-    return adapter.requires_grad_(False)
 
 
 class _Expert:

@@ -31,13 +31,12 @@ def lora_layers(model, named_tasks=False):
 def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-linear", dtype=None, dynamic=False):
     """Give layers of `model` adapters, in place, and freeze everything else: y = x Wᵀ + bias + s (D(x) Aᵀ) Bᵀ.
 
-    The modules change their class and stay the same objects: hooks, device maps, ties and base keys stay, and so do the
-    outputs, as the update is zero. s = lora_alpha / r; `lora_alpha` defaults to r. `target_modules`: "all-linear" (all
-    linear layers but the output head, and q, k, v, o of nn.MultiheadAttention), a name, suffix or regular expression
-    of whole names, or a list of names and suffixes; embeddings and convolutions (in PEFT's form) by name. `dynamic`:
-    for DyLoRA, `fastlora.dynamic`; training starts at rank 1. Adapters are float32 (float64 on a float64 base) unless
-    `dtype` says otherwise. Returns the model. Raises ValueError: a target without a match, a model injected before, a
-    layer whose forward would be passed by.
+    The modules change their class and stay the same objects, with their hooks, device maps, ties and base keys; outputs
+    stay, as the update is zero. s = lora_alpha / r; `lora_alpha` defaults to r. `target_modules`: "all-linear" (but the
+    output head, and with q, k, v, o of nn.MultiheadAttention), a name, suffix or regular expression of whole names, or
+    a list of names and suffixes; embeddings and convolutions (in PEFT's form) by name. `dynamic`: for DyLoRA, training
+    starts at rank 1. Adapters are float32 (float64 on a float64 base) unless `dtype` says otherwise. Returns the model.
+    Raises ValueError: a target without a match, a model injected before, a layer whose forward would be passed by.
     """
     plan = dict.fromkeys(find_targets(model, target_modules), (r, r if lora_alpha is None else lora_alpha))
     adapt(model, plan, lora_dropout, dtype, first=1 if dynamic else None)
@@ -177,8 +176,7 @@ def mark_only_lora_as_trainable(model, bias="none"):
 
 def get_nb_trainable_parameters(model):
     """(number of trained parameters, number of all)"""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
 def print_trainable_parameters(model):

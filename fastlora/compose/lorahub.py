@@ -1,7 +1,4 @@
-"""sail-sg/lorahub's functions, for encoder-decoder and causal language models and classifiers.
-
-Source: Huang et al. 2023, arXiv 2307.13269; PyPI's lorahub 0.1.0.
-"""
+"""The functions of sail-sg/lorahub, PyPI's lorahub 0.1.0, for causal language models and classifiers as well."""
 
 import json
 import pathlib
@@ -29,7 +26,7 @@ def lorahub_learning(lora_module_list, example_inputs, example_outputs, max_infe
     a classifier's the outputs as names in config.label2id or numbers. The loss is a mean over examples of each one's
     mean over its tokens; `get_loss=default_get_loss`, or get_loss(example_dataset, model, batch_size) -> number, has
     the original's, for one candidate at a time. `options`: those of `search`. Raises ValueError naming the argument
-    for no module, one twice, one that does not fit the model; the model is then as it was. Source: sail-sg/lorahub.
+    for no module, one twice, one that does not fit the model; the model is then as it was. Source: arXiv 2307.13269.
     """
     check.value(lora_module_list, "lora_module_list", "none", "at least one LoRA module")
     adapters = {name: _folder(source) for name, source in named(lora_module_list).items()}

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 
+import numpy
 import torch
 import torch.nn.functional as F
 
@@ -46,9 +47,8 @@ def search(model, adapters, inputs, row_losses=None, *, mode="lorahub", regular=
     Options: steps=40, candidates to evaluate; population=1, how many in one forward, which then has as many times the
     rows; method="evolution" (nevergrad) or "gradient" (Adam with lr=0.1, `population` starts); optimizer=None, a name
     or class of nevergrad's; seed=42; seconds=None and patience=None, limits in time and in evaluations that find
-    nothing better; progress=False. Returns a Result: weights (N,), objective, evaluations, seconds, history. The model
-    is plain and as it was afterwards, also after an error. Raises ValueError and TypeError naming the argument. Source:
-    Huang et al. 2023, arXiv 2307.13269.
+    nothing better; progress=False. Returns a Result. The model is plain and as it was afterwards, also after an error.
+    Raises ValueError and TypeError naming the argument. Source: Huang et al. 2023, arXiv 2307.13269.
     """
     adapters = named(adapters)
     with opened(model, adapters, mode) as owner:
@@ -155,7 +155,6 @@ def _evolve(evaluate, count, regular, steps, population, seed, optimizer):
     """Rounds of (candidates (P, N), their objectives) by nevergrad."""
     try:
         import nevergrad as ng
-        import numpy
     except ImportError as error:
         needs = "the search without gradients needs nevergrad: pip install nevergrad, or method='gradient'"
         raise ImportError(f"fastlora: {needs}") from error

@@ -1,9 +1,4 @@
-"""X-LoRA: a mixture of LoRA experts, gated for each token by a classifier on the model's own last hidden state.
-
-    y = x Wᵀ + bias + Σ_e g_e · scale_e (x A_eᵀ) B_eᵀ
-
-One call of the op in each layer, whatever the number of experts. Source: Buehler and Buehler 2024, arXiv 2402.07148.
-"""
+"""X-LoRA: a mixture of LoRA experts, gated for each token by a classifier on the model's own last hidden state."""
 
 from fastlora.mixture.classifier import xLoRAClassifier, xLoRAConfig
 from fastlora.mixture.files import load_scalings_log

@@ -33,8 +33,8 @@ def latest():
 class xLoRAModel(Wrapper):
     """A Hugging Face model, its experts frozen, and a classifier that gates them for each token.
 
-    y = x Wᵀ + bias + Σ_e g_e · scale_e (x A_eᵀ) B_eᵀ in each adapted layer, one call; g (batch, tokens, n) comes from
-    the last hidden state of the same model without experts. Made by `add_xlora_to_model`. Generation keeps a cache.
+    y = x Wᵀ + bias + Σ_e g_e · scale_e (x A_eᵀ) B_eᵀ in each adapted layer, in one call; g (batch, tokens, n) is
+    of the last hidden state of the same model without experts. Made by `add_xlora_to_model`. Generation keeps a cache.
     """
 
     def __init__(self, model, config, adapters):
@@ -220,8 +220,7 @@ def add_xlora_to_model(model, xlora_config, adapters=None, verbose=False):
     """Give a plain Hugging Face model a mixture of these experts, {name: PEFT folder}, in place; returns an xLoRAModel.
 
     `adapters` default to the configuration's. The model and the experts are frozen, the classifier trains. Raises
-    ValueError, with the model as it was, for an expert of another model, or a field that does not fit. Source: X-LoRA,
-    Buehler and Buehler 2024, arXiv 2402.07148.
+    ValueError, with the model as it was, for an expert of another model, or a field that does not fit. Source: X-LoRA.
     """
     if isinstance(adapters, bool):
         # the later version's order: model, configuration, verbose

@@ -229,7 +229,6 @@ class Wrapped(Chooser, Around):
     """A module of a user's own type, `module`, with a module for each task that runs in its place.
 
     Several tasks, or weights: module(x) + Σ gate · (task(x) − module(x)), a loop, as nothing is known of what they do.
-    What `module` has as attributes can be read here.
     """
 
     holds_adapters = True

@@ -84,7 +84,7 @@ class LoRALayer(Adapter):
     stacks = False
     # None: not built; False: not before the next train(), eval(), merge or refresh; else (W + ΔW, sources, stamps)
     _merged_copy = None
-    # in which modes it ran with gradients since train() or forget_runs(): "off", "by row", a rank; empty: None alone
+    # in which modes it ran with gradients since train() or a new step: "off", "by row", a rank; empty: None alone
     _ran = frozenset()
 
     def attach(self, r, lora_alpha, lora_dropout, dtype, device):
@@ -154,13 +154,9 @@ class LoRALayer(Adapter):
         super().train(mode)
         # with merge_weights eval() merges, as in loralib; without, only train() acts: it ends what merge(model) began
         self.merged = not mode if self.merge_weights else self.merged and not mode
-        self.forget_runs()
+        self._ran = frozenset()
         self.refresh()
         return self
-
-    def forget_runs(self):
-        """A new training step: no backward of earlier forwards will follow, whose recompute might be another mode's."""
-        self._ran = frozenset()
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)
@@ -244,9 +240,8 @@ class LoRALayer(Adapter):
         # a compiled graph cannot look at versions, so it could not tell a stale copy
         if self._merged_copy is False or self.training or torch.compiler.is_compiling():
             return None
-        for parameter in trained:
-            if parameter.grad is not None:
-                return None
+        if trained and any([p.grad is not None for p in trained]):
+            return None
         get, copy = self._parameters.get, self._merged_copy
         sources = get("weight"), get("lora_A"), get("lora_B"), self.scaling
         if copy and all(map(operator.is_, sources, copy[1])) and copy[2] == [*map(_stamp, sources)]:

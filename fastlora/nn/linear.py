@@ -108,11 +108,9 @@ class Linear(DenseLoRA, nn.Linear):
 
     def reset_parameters(self):
         # nn.Linear takes its fan-in from dimension 1
-        if self.fan_in_fan_out:
-            self.weight.data = self.weight.data.T
+        stored, self.weight.data = self.weight.data, self.base_weight().data
         super().reset_parameters()
-        if self.fan_in_fan_out:
-            self.weight.data = self.weight.data.T
+        self.weight.data = stored
 
 
 class MergedLinear(Linear):
@@ -120,9 +118,8 @@ class MergedLinear(Linear):
 
     `enable_lora` has G bools; part j of y, the columns j · out / G to (j + 1) · out / G, gets
     lora_alpha / r (dropout(x) A_jᵀ) B_jᵀ if it is on. The g enabled parts' factors are packed: lora_A
-    (r · g, in_features), lora_B (out_features / G · g, r). The forward is one op call, ΔW is not built. With all parts
-    off, or r = 0, it is a plain linear layer. Other arguments as in Linear. Raises ValueError naming the argument.
-    Source: Hu et al. 2021, arXiv 2106.09685.
+    (r · g, in_features), lora_B (out_features / G · g, r). The forward is one op call. With all parts off, or r = 0, it
+    is a plain linear layer. Other arguments and errors as in Linear. Source: Hu et al. 2021, arXiv 2106.09685.
     """
 
     lora_base = nn.Linear

@@ -38,10 +38,7 @@ def from_any_name(key):
 
 
 def to_tasks(kind, A, B):
-    """TheDiscoMole/LoRA's A (out, r) and B (r, in) of lora_A and lora_B, views, or back; either may be None.
-
-    The letters are the other way round there.
-    """
+    """TheDiscoMole/LoRA's A (out, r) and B (r, in), so turned, of lora_A and lora_B, or back: views; None of None."""
     return tuple(t if t is None else t.mT for t in (A, B)) if kind == "embedding" else (B, A)
 
 

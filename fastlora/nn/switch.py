@@ -76,10 +76,9 @@ def is_recompute():
 
 
 def cannot_know(what):
-    raise RuntimeError(
-        f"fastlora: {what} around a checkpointed forward, and its recompute cannot know: "
-        "expected context_fn=fastlora.checkpoint_context (use_reentrant=False) in torch.utils.checkpoint"
-    )
+    got = f"{what} around a checkpointed forward, and its recompute cannot know"
+    expected = "context_fn=fastlora.checkpoint_context (use_reentrant=False) in torch.utils.checkpoint"
+    raise RuntimeError(f"fastlora: {got}: expected {expected}")
 
 
 def is_off(layer):

@@ -1,11 +1,4 @@
-"""Named tasks: many adapters on one model, chosen for each call, together, or for each batch row.
-
-The interface of TheDiscoMole/LoRA, with simultaneous tasks. A layer with the tasks e computes
-
-    y = base(x) + Σ gate_e · scale_e · (D(x) A_eᵀ) B_eᵀ
-
-in one call of the op, whatever their number; a task owns its parameters.
-"""
+"""Named tasks: many adapters on one model, TheDiscoMole/LoRA's interface, with simultaneous tasks."""
 
 from fastlora.tasks.adapters import (
     ConvNd,
