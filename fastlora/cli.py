@@ -38,6 +38,7 @@ def info():
     """{name: sentence} of the versions and of what each back-end needs."""
     module, missing = backends.native()
     forced, triton = os.environ.get("FASTLORA_CPU"), _installed("triton")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "but no GPU that torch can use"
     return {
         "fastlora": f"{fastlora.__version__} in {Path(fastlora.__file__).parent}",
         "python": sys.version.split()[0],
@@ -45,7 +46,7 @@ def info():
         "_C": missing or f"built for torch {module.torch_version()}",
         "CPU": f"{module.cpu_name()}{' (FASTLORA_CPU)' if forced else ''}" if module else "plain torch, for want of _C",
         "Triton": triton.version if triton else "not installed: pip install triton",
-        "CUDA": _cuda(),
+        "CUDA": f"{torch.version.cuda}, {gpu}" if torch.version.cuda else "this torch was built without it",
         "CUDA C++": backends.cuda_missing() or f"there; FASTLORA_GPU={os.environ.get('FASTLORA_GPU', '')}",
     }
 
@@ -53,13 +54,6 @@ def info():
 def _installed(name):
     """What is installed under this name; None for nothing."""
     return next(iter(metadata.distributions(name=name)), None)
-
-
-def _cuda():
-    if torch.version.cuda is None:
-        return "this torch was built without it"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "but no GPU that torch can use"
-    return f"{torch.version.cuda}, {gpu}"
 
 
 def build_extension(source=None):

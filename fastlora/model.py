@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastlora.nn.attention import ProjectionLoRA
-from fastlora.nn.convert import check_convertible, convert, is_linear, kind_of, like, restore
+from fastlora.nn.convert import check_convertible, convert, kind_of, like, restore
 from fastlora.nn.fastpath import holds_adapters, is_called, update_fast_paths
 from fastlora.nn.layer import LoRALayer, check_adapter
 from fastlora.nn.switch import turned_off
@@ -62,7 +62,6 @@ def adapt(model, plan, lora_dropout=0.0, dtype=None, first=None):
         own = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
         layer.attach(r, lora_alpha, lora_dropout, own, base.device)
         layer.reset_lora_parameters()
-    update_fast_paths(model)
     mark_only_lora_as_trainable(model)
     return model
 
@@ -73,7 +72,7 @@ def find_targets(model, target_modules):
     fit = {name: m for name, m in modules.items() if kind_of(m)}
     if target_modules == "all-linear":
         heads = {id(m.get_output_embeddings()) for m in modules.values() if hasattr(m, "get_output_embeddings")}
-        linear = [n for n, m in fit.items() if is_linear(m) or isinstance(m, nn.MultiheadAttention)]
+        linear = [name for name, m in fit.items() if kind_of(m).kind in ("linear", "attention")]
         # what its parent does not call is nn.MultiheadAttention's out_proj, which that layer's own adapters cover
         found = [name for name in linear if id(fit[name]) not in heads and is_called(name, modules)]
         check.value(found, "target_modules", f"'all-linear' on a {type(model).__name__}", "a model with linear layers")

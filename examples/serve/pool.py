@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from fastlora.nn.convert import is_linear, kind_of
+from fastlora.nn.convert import kind_of
 from fastlora.nn.linear import DenseLoRA
 from fastlora.nn.switch import selected
 from fastlora.ops import check
@@ -30,7 +30,7 @@ class AdapterPool:
 
     def __init__(self, model, *, adapters=64, bytes=None, dtype=None, max_rank=256):
         check.value(max_rank >= 1, "max_rank", max_rank, "at least 1")
-        self.layers = {n: m for n, m in model.named_modules() if is_linear(m) and kind_of(m) is DenseLoRA}
+        self.layers = {n: m for n, m in model.named_modules() if kind_of(m) is DenseLoRA}
         check.value(self.layers, "model", f"a {type(model).__name__} without dense linear layers", "one with some")
         first = next(iter(self.layers.values())).weight
         self.model, self.device, self.dtype = model, first.device, dtype or first.dtype

@@ -117,10 +117,7 @@ def numbers(weights, adapters):
 
 @contextlib.contextmanager
 def opened(model, adapters, mode):
-    """Make the layers of a plain model banks of {name: adapter}, frozen and in eval mode; yields the Composition.
-
-    In the end the model is plain and as it was, also after an error.
-    """
+    """In a block, a plain model's layers are banks of {name: adapter}, frozen, in eval mode; yields the Composition."""
     check.value(mode in MODES, "mode", repr(mode), "'lorahub' or 'sum'")
     owner = Composition(mode, adapters)
     layers = open_experts(model, adapters, owner, bank=Composed if mode == "lorahub" else Bank)

@@ -1,8 +1,8 @@
 """One adapter of several: LoraHub's composition of the factors, the exact sum, and PEFT's merges."""
 
+import collections
 import math
 import re
-import typing
 
 import torch
 from torch import nn
@@ -54,17 +54,8 @@ def compose(adapters, weights, mode="lorahub", scale=1.0, **options):
     return made
 
 
-class _Pair(typing.NamedTuple):
-    """One adapter's lora_A and lora_B on one layer, their keys, and lora_alpha / r."""
-
-    keys: tuple
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-
-    def shape(self):
-        """What must be the same for every adapter of the layer."""
-        return tuple(self.A.shape[1:]), (len(self.B), *self.B.shape[2:])
+# one adapter on one layer: its keys, lora_A, lora_B, lora_alpha / r, and the sizes that are the same for all adapters
+_Pair = collections.namedtuple("_Pair", ["keys", "A", "B", "scaling", "sizes"])
 
 
 def _read(name, source):
@@ -81,7 +72,8 @@ def _read(name, source):
         keys, (A, B) = zip(letters["A"], letters["B"], strict=True)
         got = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} at {path!r}"
         check.value(min(A.dim(), B.dim()) > 1 and len(A) == B.shape[1], where, got, "(r, in) and (out, r)")
-        pairs[path] = _Pair(keys, A, B, alpha_of(config, path, len(A)) / len(A))
+        sizes = tuple(A.shape[1:]), (len(B), *B.shape[2:])
+        pairs[path] = _Pair(keys, A, B, alpha_of(config, path, len(A)) / len(A), sizes)
     return pairs
 
 
@@ -95,8 +87,8 @@ def _by_layer(read):
         for path, pair in pairs.items():
             held = layers.setdefault(path, {})
             first = next(iter(held.values()), pair)
-            check.value(pair.shape() == first.shape(), f"adapters[{name!r}]", f"sizes {pair.shape()} at {path!r}",
-                        f"{first.shape()}, as the others")  # fmt: skip
+            got, expected = f"sizes {pair.sizes} at {path!r}", f"{first.sizes}, as the others"
+            check.value(pair.sizes == first.sizes, f"adapters[{name!r}]", got, expected)
             held[name] = pair
     return layers
 

@@ -112,11 +112,9 @@ class AttentionLoRA:
         q, k, v = self._project(query, key, value)
         mask = self._mask(q, k, key_padding_mask, attn_mask)
         k, v, mask = self._extend(k, v, mask)
-        y, shares = self._attend(q, k, v, mask, need_weights)
+        y, shares = self._attend(q, k, v, mask, need_weights, average_attn_weights)
         # batch first: an adapter may have a gate for each batch row
         y = self._adapt("o", y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
-        if shares is not None and average_attn_weights:
-            shares = shares.mean(1)
         if not batched:
             return y.squeeze(0), None if shares is None else shares.squeeze(0)
         # dense in the order of the result, as torch's: programs view it
@@ -161,13 +159,13 @@ class AttentionLoRA:
         more = k.shape[2] - length
         return k, v, F.pad(mask, (0, more)) if more and mask is not None else mask
 
-    def _attend(self, q, k, v, mask, need_weights):
+    def _attend(self, q, k, v, mask, need_weights, average):
         p = self.dropout if self.training else 0.0
         if not need_weights:
             return F.scaled_dot_product_attention(q, k, v, mask, p), None
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         shares = F.dropout((scores if mask is None else scores + mask).softmax(-1), p)
-        return shares @ v, shares
+        return shares @ v, shares.mean(1) if average else shares
 
 
 def _additive(name, mask, dtype):

@@ -255,8 +255,7 @@ class Wrapped(Chooser, Around):
         tasks = pick(self.tasks, keys)
         if len(tasks) == 1 and gates is None:
             return tasks[0](*args, **kwargs)
-        base = self.module(*args, **kwargs)
-        y = base
+        y = base = self.module(*args, **kwargs)
         gates = base.new_ones(len(tasks)) if gates is None else gates.to(base.device)
         for gate, task in zip(gates.unbind(-1), tasks, strict=True):
             gate = gate.view(-1, *(1 for _ in base.shape[1:])) if gate.dim() else gate

@@ -33,18 +33,12 @@ _OWN = ("r", "lora_alpha", "lora_dropout", "lora_A", "lora_B", "scaling", "rank"
         "_ran", "_chose", "_stack", *(f"lora_{name}" for name in PROJECTIONS))  # fmt: skip
 
 
-def register_linear(cls, fan_in_fan_out=False):
-    """Treat modules of exactly this type as y = x Wᵀ + bias, with `weight` stored (in, out) if `fan_in_fan_out`."""
-    _kinds[cls] = DenseLoRA
-    if fan_in_fan_out:
-        _transposed.add(cls)
-
-
 def kind_of(module):
     """The kind of LoRA layer that a module becomes; None for one that cannot have an adapter."""
     if (theirs := sys.modules.get("transformers.pytorch_utils")) and hasattr(theirs, "Conv1D"):
         # GPT-2's linear layer, known once another program has imported it
-        register_linear(theirs.Conv1D, fan_in_fan_out=True)
+        _kinds[theirs.Conv1D] = DenseLoRA
+        _transposed.add(theirs.Conv1D)
     kind = _kinds.get(getattr(type(module), "lora_base", type(module)))
     if kind is DenseLoRA:
         weight = module._parameters.get("weight")
@@ -52,10 +46,6 @@ def kind_of(module):
         return DenseLoRA if dense and weight.layout == torch.strided and weight.dim() == 2 else OpaqueLoRA
     sized = all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
     return kind or (OpaqueLoRA if sized else None)
-
-
-def is_linear(module):
-    return issubclass(kind_of(module) or object, (DenseLoRA, OpaqueLoRA))
 
 
 def dense_weight(module):

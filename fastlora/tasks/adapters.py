@@ -39,14 +39,8 @@ def make_adapter(module, rank=default_rank, lora_alpha=None, init="zero", base=N
     return adapter
 
 
-def Linear(module, rank=default_rank):
-    """A task's adapter for a linear layer, of rank `rank(in_features, out_features)`, to be registered."""
-    return make_adapter(module, rank)
-
-
-def Embedding(module, rank=default_rank):
-    """A task's adapter for an embedding, of rank `rank(num_embeddings, embedding_dim)`."""
-    return make_adapter(module, rank)
+# the original's names of it: rank(in_features, out_features) and rank(num_embeddings, embedding_dim)
+Linear = Embedding = make_adapter
 
 
 def ConvNd(dims, module, rank=default_rank):

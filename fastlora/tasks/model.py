@@ -21,13 +21,12 @@ class Model(Wrapper):
 
     Every linear layer, embedding, convolution and nn.MultiheadAttention of `model`, or those that `target_modules`
     names as in `inject`, gets room for tasks, in place; modules of a type in `base_module_wrappers` get what is
-    registered there. A layer's y = base(x) + Σ gate_e · scale_e · (D(x) A_eᵀ) B_eᵀ is one call of the op. A choice of
-    tasks is a name; a list of names, which are summed; a dict of weights; or a list with one of these, or None, for
-    each batch row, which has to be the first dimension of every layer's input. Nothing chosen is the base model. The
-    choice belongs to a thread. A weight may be a tensor: it gets a gradient, and compiled code is not compiled again
-    for its value, as it is for other names: torch._dynamo.config.recompile_limit allows eight choices. `r` and
-    `lora_alpha` are the tasks' defaults: int(sqrt(min(in, out))), and r. Raises ValueError for a layer that cannot have
-    tasks. Source: TheDiscoMole/LoRA.
+    registered there. A layer's y = base(x) + Σ gate_e · scale_e · (D(x) A_eᵀ) B_eᵀ is one op call. A choice of tasks is
+    a name; a list of names, which are summed; a dict of weights; or a list with one of these, or None, for each batch
+    row, the first dimension of every layer's input. Nothing chosen is the base model. A choice is a thread's. A weight
+    may be a tensor: it gets a gradient, and compiled code is not compiled again for its value, as it is for other
+    names: torch._dynamo.config.recompile_limit allows eight choices. `r` and `lora_alpha` are the tasks' defaults:
+    int(sqrt(min(in, out))), and r. Raises ValueError for a layer that cannot have tasks. Source: TheDiscoMole/LoRA.
     """
 
     def __init__(self, model, r=None, lora_alpha=None, lora_dropout=0.0, target_modules=None):
