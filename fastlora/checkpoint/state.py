@@ -84,12 +84,9 @@ def rename(model, state_dict):
 def compare(own, given):
     """(names that `given` lacks, names that it has beside `own`'s, a sentence on each shape that differs)."""
     missing, unexpected = [name for name in own if name not in given], [name for name in given if name not in own]
-    shapes = [
-        f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        for name, tensor in given.items()
-        if isinstance(own.get(name), torch.Tensor) and tensor.shape != own[name].shape
-    ]
-    return missing, unexpected, shapes
+    wrong = [n for n, t in given.items() if isinstance(own.get(n), torch.Tensor) and t.shape != own[n].shape]
+    got = {name: (tuple(given[name].shape), tuple(own[name].shape)) for name in wrong}
+    return missing, unexpected, [f"{name}: got shape {a}, expected {b}" for name, (a, b) in got.items()]
 
 
 @torch.no_grad()

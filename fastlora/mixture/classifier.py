@@ -64,8 +64,7 @@ class xLoRAConfig:
 class xLoRAClassifier(nn.Module):
     """Gates (batch, tokens, layers, n) from hidden states (batch, tokens, hidden_size).
 
-    `inner` and `last` have xlora's names. Where all layers have the same gates their dimension is 1, and where a
-    sequence has one set of gates there is no dimension of tokens.
+    `inner`, `last`: xlora's names. If all layers share gates, layers is 1; a sequence's have no dimension of tokens.
     """
 
     def __init__(self, config, layers, experts, like):

@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import operator
-import re
+from urllib.parse import unquote
 
 import torch
 from torch import nn
@@ -22,17 +22,13 @@ def escape(name):
     return f"%{ord(key[0]):02X}{key[1:]}" if key in _TAKEN else key
 
 
-def unescape(key):
-    return re.sub("%([0-9A-F]{2})", lambda code: chr(int(code[1], 16)), key)
-
-
 def pick(tasks, keys):
     """The modules of these keys. Raises KeyError, for one removed since it was chosen, that lists those there are."""
     held = tasks._modules
     try:
         return [held[key] for key in keys]
     except KeyError as error:
-        name, others = unescape(error.args[0]), [unescape(key) for key in held]
+        name, *others = map(unquote, (error.args[0], *held))
     raise KeyError(f"fastlora: task: got {name!r}, expected one of {others}")
 
 

@@ -20,9 +20,7 @@ from fastlora.ops import check
 _kinds = {
     nn.Linear: DenseLoRA,
     nn.Embedding: EmbeddingLoRA,
-    nn.Conv1d: ConvLoRA,
-    nn.Conv2d: ConvLoRA,
-    nn.Conv3d: ConvLoRA,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLoRA),
     nn.MultiheadAttention: AttentionLoRA,
 }
 # types of linear layer that store W as (in, out)

@@ -32,9 +32,8 @@ class EmbeddingLoRA(LoRALayer):
         return (lora_B @ lora_A).T
 
     def plain(self, ids, weight):
-        return F.embedding(
-            ids, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
-        )
+        options = self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        return F.embedding(ids, weight, *options)
 
     def adapted(self, ids, A, B, scaling, gates):
         ids, gates = match_rows(ids, ids.shape, gates)

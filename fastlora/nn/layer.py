@@ -242,17 +242,13 @@ class LoRALayer(Adapter):
             return None
         if trained and any([p.grad is not None for p in trained]):
             return None
-        get, copy = self._parameters.get, self._merged_copy
+        get, old = self._parameters.get, self._merged_copy
         sources = get("weight"), get("lora_A"), get("lora_B"), self.scaling
-        if copy and all(map(operator.is_, sources, copy[1])) and copy[2] == [*map(_stamp, sources)]:
-            return copy[0]
+        if old and all(map(operator.is_, sources, old[1])) and old[2] == [(t._version, t.data_ptr()) for t in sources]:
+            return old[0]
         if any(type(t) is not nn.Parameter for t in sources[:3]) or any(t.is_inference() for t in sources):
             return None
         # out of inference mode: a copy made there could not be saved for a backward later
         with torch.inference_mode(False):
-            self._merged_copy = self.merged_weight(), sources, [*map(_stamp, sources)]
+            self._merged_copy = self.merged_weight(), sources, [(t._version, t.data_ptr()) for t in sources]
         return self._merged_copy[0]
-
-
-def _stamp(t):
-    return t._version, t.data_ptr()

@@ -90,9 +90,8 @@ class Linear(DenseLoRA, nn.Linear):
 
     y = x Wᵀ + bias + lora_alpha / r (dropout(x) lora_Aᵀ) lora_Bᵀ; x (..., in_features), W (out_features, in_features),
     stored transposed with `fan_in_fan_out`; lora_A (r, in_features), lora_B (out_features, r); r = 0 is a plain linear
-    layer. With `merge_weights`, eval() makes forwards without gradients use W + ΔW, a second tensor: `weight` is never
-    written and a state dict always holds the unmerged W. `kwargs` go to nn.Linear. Raises ValueError naming the
-    argument. Source: Hu et al. 2021, arXiv 2106.09685.
+    layer. With `merge_weights`, eval() lets forwards without gradients use W + ΔW, a second tensor: `weight` is never
+    written. `kwargs` go to nn.Linear. Raises ValueError naming the argument. Source: Hu et al. 2021, arXiv 2106.09685.
     """
 
     lora_base = nn.Linear

@@ -9,8 +9,7 @@ PEFT, a file   base_model.model.fc.lora_A.weight   fc.base_layer.weight   emb.lo
                attn.lora_A.weight (r, E)   attn.lora_B.weight (3E, r)   attn.base_layer.out_proj.lora_A.weight
 PEFT, memory   base_model.model.fc.lora_A.default.weight   emb.lora_embedding_A.default
 
-PEFT adds the update of an attention layer's out_proj twice (huggingface/peft pull request 3774, open at 0.21.2), in
-training too: its lora_B is twice as large here.
+PEFT, in training too, adds an attention layer's out_proj twice (huggingface/peft#3774, open at 0.21.2): B doubles here.
 
 No file but PEFT's holds lora_alpha: it has to be the same on both sides. TheDiscoMole's scale is 1.
 """
@@ -138,8 +137,7 @@ def _fits(A, B, r):
 def split_joint(A, B, r=None, enabled="qkv", out=None, where=""):
     """{"q": (lora_A, lora_B), …} of one adapter of q, k and v: B's rows, and A for each.
 
-    Where A is `join`'s stack, B its blocks: those, of rank r, or what is found if r is None; `out`, an output
-    projection's adapter, has to allow that rank as well.
+    Where A is `join`'s stack, B its blocks: those, of rank r (None: what is found), if `out`, out_proj's, allows it.
     """
     rows = dict(zip("qkv", B.chunk(3), strict=True))
     names = [n for n in rows if n in enabled]
