@@ -19,7 +19,7 @@ from fastlora.checkpoint import lora_state_dict
 from fastlora.model import lora_layers, mark_only_lora_as_trainable
 from fastlora.nn import Conv2d, Embedding, LoRALayer, MergedLinear
 from fastlora.nn import linear as static
-from fastlora.nn.layer import ranked_layers
+from fastlora.nn.layer import ranked_layers, whole
 from fastlora.nn.switch import rows_ranked
 from fastlora.ops import check
 
@@ -56,15 +56,11 @@ class DyLinear(static.Linear):
     def set_rank(self, rank, frozen=False):
         """Use `rank` + 1 components from now on, 0 <= rank < r; with `frozen` only the last of them trains."""
         check.value(self.r, "rank", f"{rank!r} on a layer without an adapter", "a layer of r >= 1")
-        check.value(_whole(rank) and 0 <= rank < self.r, "rank", repr(rank), f"an index from 0 to {self.r - 1}")
+        check.value(whole(rank) and 0 <= rank < self.r, "rank", repr(rank), f"an index from 0 to {self.r - 1}")
         _set([self], rank + 1, frozen, new_step=True)
 
 
 Linear = DyLinear
-
-
-def _whole(number):
-    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _layers(model):
@@ -79,7 +75,7 @@ def _layers(model):
 
 def _set(layers, rank, frozen=False, new_step=False):
     most = max(layer.r for layer in layers)
-    check.value(rank is None or _whole(rank) and 1 <= rank <= most, "rank", repr(rank), f"an integer from 1 to {most}")
+    check.value(rank is None or whole(rank) and 1 <= rank <= most, "rank", repr(rank), f"an integer from 1 to {most}")
     check.value(rank or not frozen, "frozen", frozen, "False where the rank is None")
     for layer in layers:
         layer.use_rank(rank and min(rank, layer.r), frozen)
@@ -154,7 +150,7 @@ def row_ranks(model, ranks):
     """
     layers, most = _layers(model)
     given = getattr(ranks, "tolist", lambda: ranks)()
-    valid = isinstance(given, (list, tuple)) and given and all(_whole(k) and 1 <= k <= most for k in given)
+    valid = isinstance(given, (list, tuple)) and given and all(whole(k) and 1 <= k <= most for k in given)
     check.value(valid, "ranks", repr(given), f"a list of integers from 1 to {most}")
     return rows_ranked(layers, torch.tensor(given, dtype=torch.float32))
 

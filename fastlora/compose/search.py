@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from fastlora.compose.bank import named, numbers, opened
 from fastlora.model import make_plain
+from fastlora.nn.layer import whole
 from fastlora.ops import check
 
 BOUND = 1.5
@@ -79,8 +80,8 @@ class Examples:
         counts = {name: len(value) for name, value in self.inputs.items()}
         same = len(set(counts.values())) == 1 and min(counts.values()) > 0
         check.value(same, "inputs", f"rows {counts}", "the same number of rows, at least 1")
-        whole = batch_size is None or isinstance(batch_size, int) and batch_size >= 1
-        check.value(whole, "batch_size", repr(batch_size), "an integer of at least 1 or None")
+        fits = batch_size is None or isinstance(batch_size, int) and batch_size >= 1
+        check.value(fits, "batch_size", repr(batch_size), "an integer of at least 1 or None")
         self.size = batch_size or max(counts.values())
         self.row_losses = row_losses or self._language_model()
 
@@ -124,8 +125,7 @@ def optimise(evaluate, count, regular, *, steps=40, population=1, method="evolut
     """
     check.value(method in ("evolution", "gradient"), "method", repr(method), "'evolution' or 'gradient'")
     for name, number in (("steps", steps), ("population", population)):
-        whole = isinstance(number, int) and not isinstance(number, bool) and number >= 1
-        check.value(whole, name, repr(number), "an integer of at least 1")
+        check.value(whole(number) and number >= 1, name, repr(number), "an integer of at least 1")
     if method == "gradient":
         check.value(optimizer is None, "optimizer", repr(optimizer), "none: gradients are followed by Adam")
         rounds = _descend(evaluate, count, regular, steps, population, seed, lr)

@@ -238,9 +238,8 @@ def add_xlora_to_model(model, xlora_config, adapters=None, verbose=False):
 def from_pretrained(load_directory, model, adapters=None, verbose=False, device=None, from_safetensors=True):
     """A mixture from a folder of xlora's or of PEFT's, on a plain model, in place; returns an xLoRAModel.
 
-    `adapters`: {name: folder}, in the order that the classifier was trained with; or a list of names, or None, of
-    experts that were saved below `load_directory`. `device`: the classifier's. Raises ValueError or OSError, with the
-    model as it was, for files that are missing or do not fit.
+    `adapters`: {name: folder}, in the classifier's order; or names, or None, of experts saved below `load_directory`.
+    `device`: the classifier's. Raises ValueError or OSError, with the model as it was, for missing or unfit files.
     """
     config, peft = files.read_config(load_directory)
     names = config.adapters or ()

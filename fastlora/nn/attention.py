@@ -71,9 +71,8 @@ class AttentionLoRA:
     @torch.no_grad()
     def merge_projections(self):
         """Put W + ΔW into new parameters: the end of a merge in place."""
-        for name, projection in self.projections().items():
-            if not projection.r:
-                continue
+        held = {name: projection for name, projection in self.projections().items() if projection.r}
+        for name, projection in held.items():
             owner, key, rows = self._place(name)
             weight = owner._parameters[key]
             merged = weight.detach().clone()

@@ -114,10 +114,7 @@ class Bank(Chooser):
         return A, B, scaling, gates if gates is None else gates.to(A[0].device)
 
     def in_force(self, keys, gates):
-        """`adapters()`, several frozen ones in one piece: at one token a list of them costs more than it computes.
-
-        The piece is a copy, in W's dtype where that is half as wide, and made anew when any of them has changed.
-        """
+        """`adapters()`, several frozen ones in one piece: at one token a list of them costs more than it computes."""
         if torch.compiler.is_compiling():
             return self.adapters()
         stack = self._stack
@@ -128,7 +125,7 @@ class Bank(Chooser):
         return *stack[1:], gates if gates is None else gates.to(stack[2][0].device)
 
     def _restack(self, keys):
-        """(whether it holds yet, lora_A, lora_B, scaling) of frozen adapters in one piece; None where there is none."""
+        """(whether it holds yet, lora_A, lora_B, scaling) of a copy of frozen adapters in one piece; None for none."""
         if len(keys) < 2 or not self.stacks:
             return None
         tasks = pick(self.tasks, keys)

@@ -1,7 +1,4 @@
-"""Plain torch modules that become LoRA layers, and back: the object stays, its class changes.
-
-So hooks, device maps, ties and the base's names in a state dict stay as well.
-"""
+"""Plain torch modules become LoRA layers, and back, by their class alone: hooks, device maps, ties and names stay."""
 
 import sys
 import types

@@ -17,9 +17,12 @@ def identity(x):
     return x
 
 
+def whole(number):
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 def check_adapter(r, lora_alpha, lora_dropout, least=0):
-    whole = isinstance(r, int) and not isinstance(r, bool) and r >= least
-    check.value(whole, "r", repr(r), f"an integer of at least {least}")
+    check.value(whole(r) and r >= least, "r", repr(r), f"an integer of at least {least}")
     finite = isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha)
     check.value(finite, "lora_alpha", repr(lora_alpha), "a finite number")
     share = isinstance(lora_dropout, (int, float)) and 0 <= lora_dropout <= 1
@@ -137,7 +140,7 @@ class LoRALayer(Adapter):
 
     def use_rank(self, rank, frozen=False):
         """Use the first `rank` of the r components from now on, at scale lora_alpha / rank; None: all of them."""
-        known = rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= self.r)
+        known = rank is None or whole(rank) and 1 <= rank <= self.r
         check.value(known, "rank", repr(rank), f"an integer from 1 to {self.r}")
         self.rank, self.frozen = rank, frozen
         # a new tensor: a backward still to come has saved the other rank's

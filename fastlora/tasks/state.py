@@ -15,7 +15,7 @@ def base_tensors(model, keep_vars=True):
 
 
 def _base(model, keep_vars=True):
-    """({plain name: (name inside, tensor)}, {the original's name, as "fc.module.weight": plain name})."""
+    """({plain name: (name inside, tensor)}, {plain name, or the original's, as "fc.module.weight": plain name})."""
     layers, base, originals = dict(model._layers(every_name=True)), {}, {}
     for name, tensor in model.model.state_dict(keep_vars=keep_vars).items():
         path, rest = owner(layers, name)
@@ -26,16 +26,15 @@ def _base(model, keep_vars=True):
             rest = rest.removeprefix("module.") if isinstance(layers[path], Wrapped) else rest
             base[join(path, rest)] = name, tensor
             originals[join(path, f"module.{rest}")] = join(path, rest)
-    return base, originals
+    return base, originals | {name: name for name in base}
 
 
 def place(model, given, prefix):
     """Rename, in place, what a parent's state dict holds of the base model below `prefix`; tasks stay as they are."""
-    base, originals = _base(model)
+    base, known = _base(model)
     for key in [key for key in given if key.startswith(prefix)]:
-        name = key[len(prefix) :]
-        plain = name if name in base else originals.get(name, name)
-        given[f"{prefix}model.{base[plain][0]}" if plain in base else key] = given.pop(key)
+        plain = known.get(key[len(prefix) :])
+        given[key if plain is None else f"{prefix}model.{base[plain][0]}"] = given.pop(key)
     inside = {name for name, _ in base.values()}
     for name, tensor in model.model.state_dict(keep_vars=True).items():
         if name not in inside:
@@ -44,8 +43,8 @@ def place(model, given, prefix):
 
 def load_base(model, given, strict, assign):
     """Load the base model."""
-    base, originals = _base(model)
-    plain = {name if name in base else originals.get(name, name): tensor for name, tensor in given.items()}
+    base, known = _base(model)
+    plain = {known.get(name, name): tensor for name, tensor in given.items()}
     report = _report({name: tensor for name, (_, tensor) in base.items()}, plain, strict)
     inside = {base[name][0]: tensor for name, tensor in plain.items() if name in base}
     model.model.load_state_dict(inside, strict=False, assign=assign)
@@ -85,11 +84,15 @@ def load_task(model, given, task, strict):
                 f"one task, or {task!r} among them")  # fmt: skip
     tensors, others = {}, []
     for key, place in found.items():
-        if place and place[0] == source:
-            name, tensor = _in_our_layout(kinds[place[1]], place[2], given[key])
-            tensors[join(place[1], name)] = tensor
-        else:
+        if not place or place[0] != source:
             others.append(key)
+            continue
+        path, name, tensor = *place[1:], given[key]
+        if kinds[path] and name in ("A", "B"):
+            # one of the two, in our layout; a user's module keeps its own names
+            A, B = names.to_tasks(kinds[path], *(tensor if name == letter else None for letter in "AB"))
+            name, tensor = ("lora_A", A) if B is None else ("lora_B", B)
+        tensors[join(path, name)] = tensor
     report = _report(own, tensors, strict, others)
     for name in own.keys() & tensors.keys():
         own[name].copy_(tensors[name])
@@ -108,14 +111,6 @@ def _parse(key, kinds, task):
     # a task's name may hold dots and the word itself; a custom module's parameter too
     source, found, name = rest.rpartition(".module.") if kinds[path] else rest.partition(".module.")
     return (source, path, name) if found else None
-
-
-def _in_our_layout(kind, name, tensor):
-    """lora_A or lora_B of A or B; a user's module keeps its own."""
-    if not kind or name not in ("A", "B"):
-        return name, tensor
-    A, B = names.to_tasks(kind, *(tensor if name == letter else None for letter in "AB"))
-    return ("lora_A", A) if B is None else ("lora_B", B)
 
 
 def _report(own, given, strict, unexpected=()):
