@@ -37,7 +37,7 @@ class DyLinear(static.Linear):
     """DyLoRA's Linear: loralib's arguments and state-dict keys, at rank 1 to begin with.
 
     y = x Wᵀ + bias + lora_alpha / k (D(x) lora_A[:k]ᵀ) lora_B[:, :k]ᵀ. `set_rank(index)` is 0-based: k is index + 1;
-    `frozen` trains component k alone. Raises ValueError naming it. Source: Valipour et al. 2022, arXiv 2210.07558.
+    `frozen` trains component k alone. ValueError names the argument. Source: Valipour et al. 2022, arXiv 2210.07558.
     """
 
     def __init__(self, *args, **kwargs):
@@ -180,7 +180,7 @@ RankReport = collections.namedtuple("RankReport", ["values", "rank"])
 def evaluate_ranks(model, fn, tolerance=0.0, higher_is_better=True):
     """({rank: fn(model)} for every rank, the smallest rank whose value is within `tolerance` of the best).
 
-    The model's ranks are put back; its training mode is fn's affair. Raises ValueError: tolerance < 0, NaN alone.
+    The ranks are put back; the training mode is fn's affair. NaN is never the best: all NaN, or tolerance < 0, raise.
     """
     check.value(tolerance >= 0, "tolerance", tolerance, "a number of at least 0")
     values = {}

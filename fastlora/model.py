@@ -32,8 +32,8 @@ def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-li
     """Give layers of `model` adapters, in place, and freeze everything else: y = x Wᵀ + bias + s (D(x) Aᵀ) Bᵀ.
 
     The modules change their class and stay the same objects, with their hooks, device maps, ties and base keys; outputs
-    stay, as the update is zero. s = lora_alpha / r; `lora_alpha` defaults to r. `target_modules`: "all-linear" (but the
-    output head, and with q, k, v, o of nn.MultiheadAttention), a name, suffix or regular expression of whole names, or
+    stay, as the update is zero. s = lora_alpha / r; `lora_alpha` defaults to r. `target_modules`: "all-linear" (all but
+    the output head, with q, k, v, o of nn.MultiheadAttention), a name, suffix or regular expression of whole names, or
     a list of names and suffixes; embeddings and convolutions (in PEFT's form) by name. `dynamic`: for DyLoRA, training
     starts at rank 1. Adapters are float32 (float64 on a float64 base) unless `dtype` says otherwise. Returns the model.
     Raises ValueError: a target without a match, a model injected before, a layer whose forward would be passed by.

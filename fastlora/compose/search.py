@@ -42,7 +42,7 @@ def search(model, adapters, inputs, row_losses=None, *, mode="lorahub", regular=
     `adapters`: {name: folder in PEFT's format or tensors by name}, or a list. ΔW = (Σ w_i b_i)(Σ w_i a_i) in the mode
     "lorahub", Σ w_i b_i a_i in "sum". `inputs`: the model's tensors by argument, rows first; `labels` go to
     row_losses(outputs, inputs) -> (rows,) alone, by default each row's mean loss over its tokens of a causal or
-    encoder-decoder model. The objective is the mean of all rows, in forwards of `batch_size` (None: all), + regular(w).
+    encoder-decoder model. The objective is the mean of all rows, `batch_size` a forward (None: all), plus regular(w).
 
     Options: steps=40, candidates to evaluate; population=1, how many in one forward, which then has as many times the
     rows; method="evolution" (nevergrad) or "gradient" (Adam with lr=0.1, `population` starts); optimizer=None, a name

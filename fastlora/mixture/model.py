@@ -33,8 +33,8 @@ def latest():
 class xLoRAModel(Wrapper):
     """A Hugging Face model, its experts frozen, and a classifier that gates them for each token.
 
-    y = x Wᵀ + bias + Σ_e g_e · scale_e (x A_eᵀ) B_eᵀ in each adapted layer, in one call; g (batch, tokens, n) is
-    of the last hidden state of the same model without experts. Made by `add_xlora_to_model`. Generation keeps a cache.
+    y = x Wᵀ + bias + Σ_e g_e · scale_e (x A_eᵀ) B_eᵀ in each adapted layer, one call; g (batch, tokens, n) comes from
+    the last hidden state of the same model without experts. Made by `add_xlora_to_model`. Generation keeps a cache.
     """
 
     def __init__(self, model, config, adapters):

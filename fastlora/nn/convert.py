@@ -1,4 +1,4 @@
-"""Plain torch modules become LoRA layers, and back, by their class alone: hooks, device maps, ties and names stay."""
+"""Plain torch modules become LoRA layers, and back, by a change of class: hooks, device maps, ties and names stay."""
 
 import sys
 import types

@@ -9,7 +9,7 @@ PEFT, a file   base_model.model.fc.lora_A.weight   fc.base_layer.weight   emb.lo
                attn.lora_A.weight (r, E)   attn.lora_B.weight (3E, r)   attn.base_layer.out_proj.lora_A.weight
 PEFT, memory   base_model.model.fc.lora_A.default.weight   emb.lora_embedding_A.default
 
-PEFT, in training too, adds an attention layer's out_proj twice (huggingface/peft#3774, open at 0.21.2): B doubles here.
+PEFT adds out_proj's update twice, in training too (huggingface/peft#3774, open at 0.21.2): lora_B is twice that here.
 
 No file but PEFT's holds lora_alpha: it has to be the same on both sides. TheDiscoMole's scale is 1.
 """
@@ -37,7 +37,7 @@ def from_any_name(key):
 
 
 def to_tasks(kind, A, B):
-    """TheDiscoMole/LoRA's A (out, r) and B (r, in), so turned, of lora_A and lora_B, or back: views; None of None."""
+    """TheDiscoMole/LoRA's A (out, r) and B (r, in), letters swapped, of lora_A, lora_B, or back: views or None."""
     return tuple(t if t is None else t.mT for t in (A, B)) if kind == "embedding" else (B, A)
 
 
