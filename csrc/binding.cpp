@@ -37,6 +37,9 @@ void compute(torch::Library& m) {
   add<"fastlora::lora_shrink_backward", lora_shrink_backward>(m);
   add<"fastlora::lora_expand", lora_expand, check::expand>(m);
   add<"fastlora::lora_expand_backward", lora_expand_backward>(m);
+  add<"fastlora::lora_routed", lora_routed, check::routed>(m);
+  add<"fastlora::lora_routed_forward", lora_routed_forward, check::routed>(m);
+  add<"fastlora::lora_routed_backward", lora_routed_backward>(m);
   m.impl("draw_seed", draw_seed);
 }
 
@@ -75,9 +78,6 @@ void register_ops() {
   auto& on_cpu = library(DispatchKey::CPU);
   compute(on_cpu);
   add<"fastlora::lora_dropout", lora_dropout>(on_cpu);
-  add<"fastlora::lora_routed", lora_routed, check::routed>(on_cpu);
-  add<"fastlora::lora_routed_forward", lora_routed_forward, check::routed>(on_cpu);
-  add<"fastlora::lora_routed_backward", lora_routed_backward>(on_cpu);
   compute(library(DispatchKey::CUDA));
   register_autograd(library(DispatchKey::Autograd));
   auto &cpu_cast = library(DispatchKey::AutocastCPU), &cuda_cast = library(DispatchKey::AutocastCUDA);

@@ -1,6 +1,7 @@
 // The products through the kernels of tests/cuda/kernels, whose library knows pointers alone. What they do not take is composed.
 #include "cuda.h"
 
+#include <ATen/ceil_div.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <dlfcn.h>
@@ -14,8 +15,10 @@ namespace fastlora::cuda {
 namespace {
 
 #define FUNCTIONS(DO) \
-  DO(launch_linear) DO(launch_shrink) DO(launch_decode) DO(launch_shrink_backward) DO(fastlora_shrink_counters) \
-  DO(fastlora_decode_counters) DO(fastlora_shrink_backward_counters) DO(fastlora_device) DO(fastlora_error)
+  DO(launch_linear) DO(launch_shrink) DO(launch_decode) DO(launch_shrink_backward) DO(launch_expand_backward) \
+  DO(launch_expand) DO(launch_routed_shrink) DO(launch_routed_expand) DO(fastlora_shrink_counters) \
+  DO(fastlora_decode_counters) DO(fastlora_shrink_backward_counters) DO(fastlora_expand_backward_workspace) \
+  DO(fastlora_device) DO(fastlora_error)
 #define MEMBER(name) decltype(&::name) name = nullptr;
 struct Library {
   FUNCTIONS(MEMBER)
@@ -36,6 +39,8 @@ struct Launch {
     if (library.forget) library.forget();
     check(library.fastlora_device(&architecture, &multiprocessors));
   }
+  // Whether a block may have more than 99 KiB of shared memory.
+  bool large() { return architecture == 80 || architecture == 90 || architecture == 100; }
   void check(int status) { TORCH_CHECK(!status, "fastlora: a CUDA kernel refused: ", library.fastlora_error(status)); }
   void* at(const Tensor& t) {
     void* data = t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr;
@@ -44,15 +49,20 @@ struct Launch {
     return data;
   }
   Matrix rows(const Tensor& t) { return {at(t), t.size(0) > 1 ? t.stride(0) : 0}; }
+  template <class T> T* as(const Tensor& t) { return static_cast<T*>(at(t)); }
   // Cuts a sum of `length` elements so that each multiprocessor has `blocks` to do, of 256 elements at least.
-  template <class P> void split(P& p, int64_t blocks, int64_t tiles, int64_t length, int64_t floats, const Tensor& like) {
+  int cut(int64_t blocks, int64_t tiles, int64_t length) {
     const int64_t fill = blocks * multiprocessors / std::max<int64_t>(tiles, 1);
-    p.splits = int(std::clamp<int64_t>(fill, 1, std::max<int64_t>(length / 256, 1)));
-    if (p.splits == 1) return;
-    partial = at::empty({tiles * p.splits * floats}, like.options().dtype(at::kFloat));
-    arrived = at::zeros({tiles}, like.options().dtype(at::kInt));
-    p.partial = static_cast<float*>(at(partial)), p.partials = partial.numel();
-    p.arrived = static_cast<unsigned*>(at(arrived)), p.counters = tiles;
+    return int(std::clamp<int64_t>(fill, 1, std::max<int64_t>(length / 256, 1)));
+  }
+  template <class P> void workspace(P& p, int64_t floats, int64_t counters, const Tensor& like) {
+    partial = at::empty({floats}, like.options().dtype(at::kFloat));
+    arrived = at::zeros({counters}, like.options().dtype(at::kInt));
+    p.partial = as<float>(partial), p.partials = floats, p.arrived = as<unsigned>(arrived), p.counters = counters;
+  }
+  template <class P> void split(P& p, int64_t blocks, int64_t tiles, int64_t length, int64_t floats, const Tensor& like) {
+    p.splits = cut(blocks, tiles, length);
+    if (p.splits > 1) workspace(p, tiles * p.splits * floats, tiles, like);
   }
   template <class P> void gate(P& p, const Gate& g, int64_t R) {
     p.scale = float(g.scalar);
@@ -60,12 +70,12 @@ struct Launch {
   }
   template <class P> void epilogue(P& p, const Product& q) {
     if (q.bias) p.bias = at(bias = q.bias->contiguous());
-    if (q.column_scale) p.column_scale = static_cast<float*>(at(c = q.column_scale->to(at::kFloat).contiguous()));
+    if (q.column_scale) p.column_scale = as<float>(c = q.column_scale->to(at::kFloat).contiguous());
   }
   template <class P> void operator()(int (*launch)(const P*, void*), P& p, at::ScalarType type, const Dropout& d = {}) {
     p.type = type == at::kHalf ? FASTLORA_FP16 : FASTLORA_BF16;
     if constexpr (requires { p.seed; }) p.dropped = int(std::nearbyint(d.p * 65536));
-    if constexpr (requires { p.seed; }) p.seed = d.p > 0 ? static_cast<const long long*>(at(*d.seed)) : nullptr;
+    if constexpr (requires { p.seed; }) p.seed = d.p > 0 ? as<const long long>(*d.seed) : nullptr;
     check(launch(&p, stream));
   }
 };
@@ -101,6 +111,41 @@ Tensors outer(const Gated& t, const Tensor& given, TensorList f, bool last_is_ra
   return one ? Tensors{sum} : composed::cut(last_is_rank ? sum.t() : sum, f, last_is_rank);
 }
 
+// Its kernel takes 112 KiB of shared memory.
+Tensors project_outer(Gated& t, const Gated& z, const Tensor& given, TensorList f) {
+  const auto dy = with_rows(flat(given)), b = with_rows(composed::joined(f, true, dy.size(1), dy).t()), zs = flat(z.z);
+  const int64_t M = dy.size(0), N = dy.size(1), R = b.size(1);
+  const bool one = f.size() == 1;   // its gradient is written where it stays
+  const auto ts = at::empty({M, R}, zs.options()), tg = at::empty({M, R}, dy.options());
+  const auto sum = at::empty({N, R}, dy.options().dtype(one ? f[0].scalar_type() : at::kFloat));
+  Launch launch(dy);
+  if (!launch.large()) {
+    project(t, dy, f, true, {});
+    return outer(z, dy, f, true, {});
+  }
+  Expand_backwardParams p{};
+  p.dy = launch.rows(dy), p.z = launch.rows(zs), p.t = launch.rows(ts), p.dz = launch.rows(tg), p.db[0] = launch.rows(sum);
+  p.parts[0] = {launch.rows(b), 0, R, 0, N}, p.count = 1, p.m = M, p.fp32_db = sum.scalar_type() == at::kFloat;
+  launch.gate(p, z.gate, R);
+  p.splits = launch.cut(2, at::ceil_div<int64_t>(M, 256) * at::ceil_div<int64_t>(R, 64), N);
+  long long counters = 0, floats = library.fastlora_expand_backward_workspace(&p, &counters);
+  if (floats) launch.workspace(p, floats, counters, dy);
+  launch(library.launch_expand_backward, p, dy.scalar_type());
+  t.z = ts.reshape(with_last(given.sizes(), R)), t.product = tg;
+  return one ? Tensors{sum} : composed::cut(sum, f, true);
+}
+
+Tensor expand(const Product& q) {
+  const auto out = at::empty(q.like.sizes(), q.like.options()).copy_(q.like), y = flat(out).narrow(1, *q.start, q.N);
+  const auto zg = q.z.in(out.scalar_type()), b = with_rows(composed::joined(q.f, true, q.N, zg).t());
+  Launch launch(out);
+  ExpandParams p{};
+  p.y = launch.rows(y), p.z = launch.rows(zg), p.parts[0] = {launch.rows(b), 0, zg.size(1), 0, q.N};
+  p.count = 1, p.m = y.size(0);
+  launch(library.launch_expand, p, out.scalar_type());
+  return out;
+}
+
 // One launch for few tokens, whose z nobody wants. w [N, K] and a lie along K, b along the ranks.
 Tensor decode(const Product& q, const Tensor& x, const Tensor& w) {
   const auto a = with_rows(composed::joined(q.a, false, x.size(1), x));
@@ -119,9 +164,10 @@ Tensor decode(const Product& q, const Tensor& x, const Tensor& w) {
 Tensor product(Product& q) {
   const bool base = q.x.defined(), across = base ? !has_rows(q.w) : !q.last_is_rank;   // w lies, and so must b
   const auto w = base && across ? q.w.t() : q.w;
-  if (q.start || (base && !has_rows(w))) return composed::products.product(q);
+  if (q.start) return expand(q);
+  if (base && !has_rows(w)) return composed::products.product(q);
   if (!q.z.z.defined()) {
-    const bool few = rows_of(q.x) <= (total_rank(q.a, 0) > 48 ? 48 : 64);   // 99 KiB of shared memory
+    const bool few = rows_of(q.x) <= (total_rank(q.a, 0) > 48 ? 48 : 64);   // in 99 KiB of shared memory
     if (!q.want_z && !across && few) return decode(q, with_rows(flat(q.x)), w);
     project(q.z, q.x, q.a, false, {});
   }
@@ -140,7 +186,49 @@ Tensor product(Product& q) {
 
 }  // namespace
 
-const Products products = {project, outer, product};
+const Products products = {project, outer, product, project_outer};
+
+bool takes_routed(const Tensor& x, TensorList lora_A, TensorList pages) {
+  const auto lies = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type() && t.stride(-1) == 1; };
+  return lora_A.empty() && !pages.empty() && lies(pages[0]) && lies(pages[1]) && pages[0].size(1) <= FASTLORA_PARTS &&
+         takes("lora_routed_forward", x);
+}
+
+RoutedForward routed(const Tensor& given, const Tensor& weight, const MaybeTensor& bias, TensorList route, const Tensor& gates,
+                     IntArrayRef slices, TensorList pages, bool want_z) {
+  const auto x = with_rows(flat(given)), g = gates.to(at::kFloat).contiguous(), &A = pages[0], &B = pages[1];
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), entries = gates.size(0), most = pages[2].size(1);
+  const auto widths = slices.empty() ? IntArrayRef(N) : slices;
+  const auto k = static_cast<int64_t>(widths.size()), tiles = route[3].size(0);
+  Launch launch(x);
+  Routed r{launch.as<const long long>(route[2]), launch.as<const int>(route[3]), launch.as<const int>(route[0]),
+           launch.as<const int>(route[1]), launch.as<const int>(pages[3]), launch.rows(pages[2]),
+           M, tiles, entries, pages[2].size(0), most};
+  const Pages a{launch.at(A), A.stride(0), A.stride(1), A.stride(2)}, b{launch.at(B), B.stride(0), 0, B.stride(1)};
+  const auto *gate = launch.as<float>(g), *scales = launch.as<float>(pages[4]);
+  if (!want_z && M <= (launch.large() ? 64 : 48) && tiles <= 128 && has_rows(weight)) {
+    const auto y = at::empty({M, N}, x.options());
+    DecodeParams p{};
+    p.x = launch.rows(x), p.w = launch.rows(weight), p.y = launch.rows(y), p.m = M, p.n = N, p.k = K;
+    for (int64_t i = 0, column = 0; i < k; column += widths[i++]) p.parts[i] = {{}, 0, 0, column, widths[i]};
+    p.count = k, p.route = r, p.a_pages = a, p.b_pages = b, p.gates = gate, p.scales = scales;
+    if (bias) p.bias = launch.at(launch.bias = bias->contiguous());
+    const auto widest = *std::max_element(widths.begin(), widths.end());
+    launch.split(p, 3, library.fastlora_decode_counters(k, widest), K, FASTLORA_TILE, x);
+    launch(library.launch_decode, p, x.scalar_type());
+    return {y.reshape(with_last(given.sizes(), N)), nothing(x)};
+  }
+  const auto y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
+  const auto z = at::empty({entries, k * 8 * most}, g.options());
+  Routed_shrinkParams s{launch.rows(x), launch.rows(z), a, r};
+  s.k = K, s.slices = k;
+  launch.split(s, 8, entries * k * at::ceil_div<int64_t>(most, 4), K, FASTLORA_ROUTED_TILE, x);
+  launch(library.launch_routed_shrink, s, x.scalar_type());
+  Routed_expandParams e{launch.rows(y), launch.rows(z), b, r, gate, scales};
+  std::copy(widths.begin(), widths.end(), e.columns), e.count = k;
+  launch(library.launch_routed_expand, e, x.scalar_type());
+  return {y.reshape(with_last(given.sizes(), N)), z};
+}
 
 std::string objection(const Status& status, const std::vector<int64_t>& sizes, bool half, int architecture,
                       const std::optional<std::string>& given) {

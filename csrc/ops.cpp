@@ -24,6 +24,14 @@ LinearForward run(FASTLORA_LINEAR_ARGS, bool want_z) {
   return {y, z.z.defined() ? z.z : nothing(x), p.u.defined() ? p.u : nothing(x)};
 }
 
+// t = dy lora_B and dB = dyT (z g), those that are wanted
+Tensors expand_backward(const Products& use, Gated& t, bool want_t, const Gated& z, bool want_B, const Tensor& dy,
+                        TensorList lora_B) {
+  if (use.project_outer && want_t && want_B) return use.project_outer(t, z, dy, lora_B);
+  if (want_t) use.project(t, dy, lora_B, true, {});
+  return want_B ? use.outer(z, dy, lora_B, true, {}) : Tensors();
+}
+
 }  // namespace
 
 Tensor lora_linear(FASTLORA_LINEAR_ARGS) { return std::get<0>(run(FASTLORA_LINEAR, false)); }
@@ -38,21 +46,19 @@ LinearBackward lora_linear_backward(FASTLORA_LINEAR_BACKWARD_ARGS) {
   const Dropout dropout{dropout_p, seed};
   auto dx = nothing(x), dweight = nothing(x), dscaling = nothing(x), dbias = nothing(x), dgates = nothing(x),
        dcolumn = nothing(x);
-  Tensors dA, dB;
+  Tensors dA;
   // DoRA: dy meets its columns' scale first; bias and scale have sums of their own
   const auto dv = column_scale ? (dy.to(wide) * column_scale->to(wide)).to(x.scalar_type()) : dy;
-  if (need_x || need_A || need_scaling || need_gates) {
-    Gated t{gate};
-    use.project(t, dv, lora_B, true, {});
-    if (need_x) {
-      Product p{x, x.size(-1), dv, weight.t(), t, lora_A, false, dropout};
-      dx = use.product(p);
-    }
-    if (need_A) dA = use.outer(t, x, lora_A, false, dropout);
-    if (need_scaling || need_gates)
-      std::tie(dscaling, dgates) = gate_backward(flat(t.z) * flat(z), scaling, gates, ranks, x, need_scaling, need_gates);
+  const bool of_gate = need_scaling || need_gates;
+  Gated t{gate};
+  auto dB = expand_backward(use, t, need_x || need_A || of_gate, {gate, z.contiguous()}, need_B, dv, lora_B);
+  if (need_x) {
+    Product p{x, x.size(-1), dv, weight.t(), t, lora_A, false, dropout};
+    dx = use.product(p);
   }
-  if (need_B) dB = use.outer({gate, z.contiguous()}, dv, lora_B, true, {});
+  if (need_A) dA = use.outer(t, x, lora_A, false, dropout);
+  if (of_gate)
+    std::tie(dscaling, dgates) = gate_backward(flat(t.z) * flat(z), scaling, gates, ranks, x, need_scaling, need_gates);
   if (need_weight) dweight = at::mm(flat(dv).t(), flat(x));
   if (need_bias) dbias = flat(dy).sum(0);
   if (need_column) dcolumn = (flat(dy).to(wide) * flat(u)).sum(0).to(column_scale->scalar_type());
@@ -79,7 +85,7 @@ Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
   Gated given{gate, z.to(wide).contiguous()};
   Product p{y, stop - start, {}, {}, given, lora_B, true};
   p.start = start;
-  return products(false, cpu::takes(y, lora_B)).product(p);
+  return products(cuda::takes("lora_expand", y), cpu::takes(y, lora_B)).product(p);
 }
 
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
@@ -90,14 +96,13 @@ ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
   const auto dv = columns.empty() ? dy : flat(dy).narrow(1, columns[0], columns[1] - columns[0]);
   const Gated kept{gate, flat(z.to(wide)).contiguous()};
   auto dz = nothing(z), dscaling = nothing(z), dgates = nothing(z);
-  if (need_z || need_scaling || need_gates) {
-    Gated t{gate};
-    use.project(t, dv, lora_B, true, {});
-    if (need_z) dz = gate.times(flat(t.z)).to(z.scalar_type()).reshape(z.sizes());
-    if (need_scaling || need_gates)
-      std::tie(dscaling, dgates) = gate_backward(flat(t.z) * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
-  }
-  return {dz, need_B ? use.outer(kept, dv, lora_B, true, {}) : Tensors(), dscaling, dgates};
+  const bool of_gate = need_scaling || need_gates;
+  Gated t{gate};
+  auto dB = expand_backward(use, t, need_z || of_gate, kept, need_B, dv, lora_B);
+  if (need_z) dz = gate.times(flat(t.z)).to(z.scalar_type()).reshape(z.sizes());
+  if (of_gate)
+    std::tie(dscaling, dgates) = gate_backward(flat(t.z) * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
+  return {dz, dB, dscaling, dgates};
 }
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed) {

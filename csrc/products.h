@@ -64,6 +64,8 @@ struct Products {
   // (t g)T D(x) of each factor, in its shape and dtype
   Tensors (*outer)(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, const Dropout&);
   Tensor (*product)(Product&);
+  // the first into t and the second of z, with f = lora_B, from one read of dy; null where it takes two
+  Tensors (*project_outer)(Gated& t, const Gated& z, const Tensor& dy, TensorList f) = nullptr;
 };
 
 namespace composed {

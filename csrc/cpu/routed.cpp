@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../cuda.h"
 #include "../ops.h"
 #include "adapters.h"
 
@@ -115,6 +116,7 @@ bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorL
 }
 
 RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
+  if (cuda::takes_routed(x, lora_A, pages)) return cuda::routed(x, weight, bias, route, gates, slices, pages, want_z);
   if (!takes_routed(x, lora_A, lora_B, pages))
     return call<"fastlora::lora_routed_forward", RoutedForward(FASTLORA_ROUTED_ARGS), "reference">(FASTLORA_ROUTED);
   const Rows rows(x);
