@@ -171,7 +171,7 @@ def _fastlora(case, method, w, A, B, gates, choice):
     A, B = ([t.detach().requires_grad_(case.mode == "training") for t in several] for several in (A, B))
     if case.part == "routed":
         route = fastlora.Route.from_lists([[(int(e), 1.0)] for e in choice], device=w.device)
-        pages = _pages(A, B)
+        pages = in_pages(A, B)
 
         def run(x):
             return lora_routed(x, w, pages, None, route)
@@ -188,10 +188,10 @@ def _fastlora(case, method, w, A, B, gates, choice):
     return run, [*A, *B] if case.mode == "training" else []
 
 
-def _pages(A, B):
+def in_pages(A, B):
     """Adapters of one rank, a multiple of 8, in pages."""
     E, r, k = len(A), *A[0].shape
-    paged_a = torch.stack(A).view(E * r // 8, 1, 8, k)
+    paged_a = torch.stack(list(A)).view(E * r // 8, 1, 8, k)
     paged_b = torch.stack([b.T for b in B]).view(E * r // 8, 8, -1)
     device, table = A[0].device, torch.arange(E * r // 8, dtype=torch.int32).view(E, r // 8)
     ranks, columns = torch.full((E,), r, dtype=torch.int32), torch.full((E,), -1, dtype=torch.int32)
