@@ -4,23 +4,18 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include "ops.h"
 
 namespace fastlora {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::AutogradContext, torch::autograd::isFwGradDefinedTensorList;
 
-bool has_tangent(const Tensor& t) { return torch::autograd::isFwGradDefined(t); }
-bool has_tangent(const MaybeTensor& t) { return torch::autograd::isFwGradDefined(t); }
-bool has_tangent(TensorList ts) { return torch::autograd::isFwGradDefinedTensorList(ts); }
-
-// An input's edges: a list has one for each tensor, an optional tensor that is missing has none.
-int64_t edges_of(const Tensor&) { return 1; }
-int64_t edges_of(const MaybeTensor& t) { return t.has_value(); }
-int64_t edges_of(TensorList list) { return list.size(); }
+// An input's tensors, each of which has an edge: an optional one that is missing has none.
+TensorList tensors_of(const Tensor& t) { return t; }
+TensorList tensors_of(const MaybeTensor& t) { return t ? TensorList(*t) : TensorList(); }
+TensorList tensors_of(TensorList list) { return list; }
 
 // What backward takes of the forward: written in an order, read in the same.
 struct Saved {
@@ -71,7 +66,7 @@ struct Recorded<Self, op, forward_op, backward_op, Results(Args...), Grads(Given
 
   static Tensor forward(AutogradContext* ctx, const All& all, const std::tuple_element_t<inputs, All>&... edges) {
     Saved saved;
-    (saved.integers.push_back(edges_of(edges)), ...);
+    (saved.integers.push_back(tensors_of(edges).size()), ...);
     int i = 0;
     std::apply([&](const auto&... args) { ((i++ == apart ? void() : saved.add(args)), ...); }, all);
     at::AutoDispatchBelowADInplaceOrView below;
@@ -116,7 +111,7 @@ struct Recorded<Self, op, forward_op, backward_op, Results(Args...), Grads(Given
   static Tensor kernel(Args... args) {
     const All all(args...);
     // a Function would drop tangents without a word
-    TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(std::get<inputs>(all)) || ...),
+    TORCH_CHECK_NOT_IMPLEMENTED(!(isFwGradDefinedTensorList(tensors_of(std::get<inputs>(all))) || ...),
                                 "fastlora: forward-mode AD (jvp) is not implemented");
     if (torch::autograd::compute_requires_grad(std::get<inputs>(all)...)) return Self::apply(all, std::get<inputs>(all)...);
     at::AutoDispatchBelowADInplaceOrView below;

@@ -1,7 +1,6 @@
 // The Python module, and the registration of all kernels.
 #include <ATen/autocast_mode.h>
 #include <pybind11/stl.h>
-#include <torch/library.h>
 
 #include <atomic>
 #include <memory>
@@ -93,8 +92,7 @@ void register_ops() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastlora's native back-end: kernels and autograd formulas of the ops in torch.ops.fastlora.";
   m.def("torch_version", [] { return FASTLORA_TORCH_VERSION; }, "The torch it was built for.");
-  m.def("cpu_name", [] { return fastlora::cpu::cpu().name; },
-        "The form of the CPU kernels that runs here.");
+  m.def("cpu_name", [] { return fastlora::cpu::cpu().name; }, "The form of the CPU kernels that runs here.");
   m.def("register_ops", fastlora::register_ops, "Register the kernels with torch's dispatcher, once.");
   m.def("load_cuda", fastlora::cuda::load, "Open the library of CUDA kernels; what went wrong, or nothing.");
   m.def("pin_gpu", fastlora::cuda::pin, "What FASTLORA_GPU says: kernels, where there are, composed, or nothing.");

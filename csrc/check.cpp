@@ -1,7 +1,5 @@
 #include <ATen/ExpandUtils.h>
 
-#include <algorithm>
-
 #include "ops.h"
 
 namespace fastlora::check {

@@ -2,7 +2,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 
 #include <algorithm>
@@ -45,35 +44,27 @@ Tensor gather(const Tensor& dg, IntArrayRef ranks) {
 
 Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, int64_t R, const Tensor& like,
                at::ScalarType dtype) {
-  Gate gate;
-  if (!gates && scaling.dim() == 0 && scaling.is_cpu()) {
-    gate.scalar = scaling.item<double>();
-    return gate;
-  }
+  if (!gates && scaling.dim() == 0 && scaling.is_cpu()) return {scaling.item<double>()};
   const auto E = static_cast<int64_t>(ranks.size());
   if (E && like.is_cpu() && (!gates || gates->numel() == rows_of(like) * E)) {
     // a number for each adapter, or for each token too, in one pass: the calls below cost more than a layer at one token
     const auto scale = scaling.to(dtype).contiguous(), given = gates ? gates->to(dtype).contiguous() : scale;
     const int64_t M = gates ? rows_of(like) : 1;
-    gate.rows = at::empty(gates ? IntArrayRef{M, R} : IntArrayRef{R}, scale.options());
+    const auto rows = at::empty(gates ? IntArrayRef{M, R} : IntArrayRef{R}, scale.options());
     AT_DISPATCH_FLOATING_TYPES(dtype, "gate", [&] {
       const auto *from = given.const_data_ptr<scalar_t>(), *s = scale.const_data_ptr<scalar_t>();
-      auto* to = gate.rows.data_ptr<scalar_t>();
+      auto* to = rows.data_ptr<scalar_t>();
       const int64_t step = scale.numel() > 1;
       for (int64_t m = 0; m < M; m++)
         for (int64_t e = 0; e < E; e++) to = std::fill_n(to, ranks[e], s[e * step] * (gates ? *from++ : 1));
     });
-    return gate;
+    return {1, rows};
   }
   auto g = scaling.to(like.device(), dtype);
   if (gates) g = g * gates->to(dtype);
   g = spread(g, ranks);
-  if (g.dim() == 0 || g.numel() == g.size(-1)) {
-    gate.rows = g.flatten().expand({R}).contiguous();
-  } else {
-    gate.rows = g.expand(with_last(like.sizes(), R)).reshape({rows_of(like), R}).contiguous();
-  }
-  return gate;
+  if (g.dim() == 0 || g.numel() == g.size(-1)) return {1, g.flatten().expand({R}).contiguous()};
+  return {1, flat(g.expand(with_last(like.sizes(), R))).contiguous()};
 }
 
 std::tuple<Tensor, Tensor> gate_backward(const Tensor& dg, const Tensor& scaling, const MaybeTensor& gates,

@@ -21,16 +21,12 @@ _ORDER = ("native", "reference")
 # a Triton kernel stands here only once docs/gpu-status.md lists it as run and faster, or verified where it runs
 _EARLIER = {("lora_dropout", "cuda"): ("triton", "reference")}
 
-_implementations = {}
+# op -> its plain-torch form, with its signature
+references = {}
 # (op, back-end) -> verify(implementation, *args), None or a sentence: one more objection; it caches what it can
 verifications = {}
 _pinned = None
 _noticed = False
-
-
-def register(op, backend, implementation, objection=None):
-    """The back-end's form of the op, with the op's signature; objection(*args) is None or a sentence."""
-    _implementations[op, backend] = implementation, objection or (lambda *args: None)
 
 
 @functools.cache
@@ -59,7 +55,7 @@ def cuda_missing():
 
 def gpu_form(op, args):
     """What `native` runs an op by on a GPU, and why; None where it has no choice."""
-    module, op = native()[0], f"{op}_forward" if (f"{op}_forward", "reference") in _implementations else op
+    module, op = native()[0], f"{op}_forward" if f"{op}_forward" in references else op
     row = next((row for row in module.cuda_statuses() if row[0] == op), None) if module else None
     if not row or _device(args) != "cuda":
         return None
@@ -99,14 +95,16 @@ def _device(args):
     return next(a.device.type for a in args if isinstance(a, torch.Tensor))
 
 
+@functools.cache
 def _implementation(op, backend):
-    if (f"{op}_forward", "reference") in _implementations and backend != "native":
+    """(the back-end's form of the op, objection(*args): None or a sentence)"""
+    if backend == "native":
+        return _native(op)
+    if f"{op}_forward" in references:
         # in every back-end written in Python it is that one's first result
         whole, object_ = _implementation(f"{op}_forward", backend)
         return lambda *args: whole(*args)[0], object_
-    if (op, backend) not in _implementations:
-        register(op, backend, *(_triton if backend == "triton" else _native)(op))
-    return _implementations[op, backend]
+    return _triton(op) if backend == "triton" else (references[op], lambda *args: None)
 
 
 def objection(op, backend, *args):

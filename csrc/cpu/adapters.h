@@ -1,6 +1,5 @@
 // A routed call's adapters, as the kernels read them.
 #pragma once
-#include "../types.h"
 #include "host.h"
 
 namespace fastlora::cpu {
@@ -17,7 +16,8 @@ struct Entry {
   const void* d = nullptr;   // c - 1
 };
 
-// Tokens that share a list; their z [tokens, k, R] begins at `z`, R being the sum of the list's ranks.
+// Tokens that share a list, or some of them, by their places in `order`; their z [tokens, k, R] begins at `z`, R being the
+// sum of the list's ranks.
 struct Segment {
   int64_t start, stop, R;
   const int64_t *slots, *end;

@@ -22,22 +22,17 @@ const Kernels* const kKernels[] = {portable};
 #endif
 
 bool runs(Isa isa) {
+  bool has = true;   // each includes those before it
 #if defined(__x86_64__)
-  switch (isa) {
-    case kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case kAvx512:
-      return runs(kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    case kAvx512Bf16:
-      return runs(kAvx512) && __builtin_cpu_supports("avx512bf16");
-#ifdef __linux__
-    case kAmx:   // a process gets tile registers on request (ARCH_REQ_XCOMP_PERM, XTILEDATA)
-      return runs(kAvx512Bf16) && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  if (isa >= kAvx2) has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa >= kAvx512)
+    has = has && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa >= kAvx512Bf16) has = has && __builtin_cpu_supports("avx512bf16");
+#ifdef __linux__   // a process gets tile registers on request (ARCH_REQ_XCOMP_PERM, XTILEDATA)
+  if (isa == kAmx) return has && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #endif
-    default:
-      break;
-  }
+  return has && isa != kAmx;
 #endif
   return isa == kPortable;
 }
@@ -97,22 +92,5 @@ Form choose(const Gemm& p, const Cpu& cpu) {
   if (dot_bf16 && p.M >= (p.w_along_k ? 48 : 16) && p.K >= 2048) return vendor;
   return kPacked;
 }
-
-// a block of x, packed for tiles
-static int64_t tile_bytes(int64_t K) { return (K / (2 * kSteps) + 1) * kTileBlock * (kSteps + 2) * 4; }
-
-int64_t scratch_bytes(const Gemm& p) {
-  int64_t factors = p.R * (kGroup + kRows + kTileRows) * 4, tiles = 16 * (p.R + kSteps + 16 + 2 * kGroup) * 4;
-  int64_t w = (kSteps + 2) * kGroup * 4, sums = kRows * kGroup * 4, direct = 4 * (p.R + p.K + 1024 + kGroup + 64) * 4;
-  int64_t padded = p.R + 16;
-  int64_t dot = kDotRows * (padded + p.R + 2 * 8 * 16) * 4 + 8 * padded * 4 + (p.a ? p.R * (p.K + 32) * 2 : 0);
-  int64_t tiled = tile_bytes(p.K) + tile_bytes(padded + 16) + (6 * kTileBlock + 64) * (padded + 32) + 4096;
-  return factors + tiles + w + sums + direct + dot + (p.type == kBFloat16 && cpu().amx ? tiled : 0) + 4096;
-}
-int64_t scratch_bytes(const Shrink& p) {
-  int64_t copies = p.R * (p.K + 32) * 4 + p.adapters * (sizeof(Factor) + 64);
-  return kDotRows * 8 * 64 + copies + (p.tiles ? kTileBlock : 16) * (p.K + 64) * 4 + (p.tiles ? tile_bytes(p.K) : 0) + 8192;
-}
-int64_t scratch_bytes(const Outer& p) { return (64 * kGroup + (p.R + 16) * (kGroup + 64)) * 4 + 4096; }
 
 }  // namespace fastlora::cpu

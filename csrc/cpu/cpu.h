@@ -33,6 +33,7 @@ struct Mask {
 };
 
 // y[m, n] = c[n] (sum_k x[m, k] w(n, k) + D(sum_r z[m, r] g[m, r] f(n, r)) + add[m, n]) + bias[n];  u = y before c, bias
+// or z_out = D(x) aT;  or da[r, k] = sum_m z[m, r] g[m, r] D(x)[m, k], for each adapter: their kernels read less of it.
 struct Gemm {
   Type type;
   int64_t M, N, K, R;
@@ -42,7 +43,7 @@ struct Gemm {
   int64_t ldw;
   bool w_along_k;    // w(n, k) is w[n * ldw + k], else w[k * ldw + n]
   int adapters;
-  const Factor* a;   // each thread computes z = x aT for itself; null: z is given
+  const Factor* a;   // beside w, each thread computes z = x aT for itself; null: z is given
   const Factor* f;
   const float* z;
   float* z_out;      // where the first thread leaves z; may be null
@@ -55,32 +56,7 @@ struct Gemm {
   void* u;
   const float* c;
   const void* bias;
-};
-
-// z[m, r] = D(x) aT
-struct Shrink {
-  Type type;
-  int64_t M, K, R;
-  const void* x;
-  int64_t ldx;
-  int adapters;
-  const Factor* a;
-  Mask mask;
-  float* z;
-  bool tiles;
-};
-
-// da[r, k] = sum_m t[m, r] g[m, r] D(x)[m, k], for each adapter; [K, rank] where it lies along_rank
-struct Outer {
-  int64_t M, K, R;
-  const float* t;
-  Gates g;
-  const void* x;
-  int64_t ldx;
-  Mask mask;
-  int adapters;
-  const Factor* a;
-  float* const* da;     // of each adapter [rank, K]
+  float* const* da;  // of each adapter [rank, K], or [K, rank] where a lies along_rank
 };
 
 // One adapter of a token's list: `pieces` of rank rows along n, and DoRA's d = c - 1 or null
@@ -117,8 +93,8 @@ constexpr int kTileBlock = 128; // and of the tile form
 
 struct Kernels {
   void (*gemm)(const Gemm&, Form, int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch);
-  void (*shrink)(const Shrink&, int64_t m0, int64_t m1, char* scratch);
-  void (*outer)(const Outer&, int64_t k0, int64_t k1, char* scratch);
+  void (*shrink)(const Gemm&, bool tiles, int64_t m0, int64_t m1, char* scratch);
+  void (*outer)(const Gemm&, int64_t k0, int64_t k1, char* scratch);
   void (*spread)(const Spread&, int64_t n0, int64_t n1);
   void (*dropout)(const void* x, void* y, int64_t n, int64_t i, const Mask&);   // one row, from element i of the mask
   int tile_columns;   // n0 and n1 are multiples of it, except N itself
@@ -139,9 +115,5 @@ struct Cpu {
 };
 const Cpu& cpu();            // throws where FASTLORA_CPU names what this CPU lacks
 Form choose(const Gemm&, const Cpu&);
-
-int64_t scratch_bytes(const Gemm&);
-int64_t scratch_bytes(const Shrink&);
-int64_t scratch_bytes(const Outer&);
 
 }  // namespace fastlora::cpu

@@ -30,18 +30,15 @@ INLINE void factor_row(const Gemm& p, int64_t n, Out* out) {
 template <class T>
 struct Update {
   const Gemm& p;
-  int64_t m0, width;
-  float *zg, *b;
-  bool lone;               // b's rows are read where they lie: one adapter, fp32, of whole vectors
-  mutable const float* at; // this panel's first row
-  mutable int64_t ld;
+  Scratch& s;
+  int64_t m0 = 0, width = round_up(p.R, VL);
+  float* zg = s.take<float>(kDotRows * width);
+  float* b = s.take<float>(8 * width + VL);
+  // b's rows are read where they lie: one adapter, fp32, of whole vectors
+  bool lone = sizeof(T) == 4 && p.adapters == 1 && p.f->type == kFloat && p.f->along_rank && p.f->rank == width;
+  mutable const float* at = nullptr;   // this panel's first row
+  mutable int64_t ld = 0;
 
-  Update(const Gemm& p, Scratch& s) : p(p), m0(0), width(round_up(p.R, VL)) {
-    lone = sizeof(T) == 4 && p.adapters == 1 && p.f->type == kFloat && p.f->along_rank && p.f->rank == width;
-    zg = s.take<float>(kDotRows * width);
-    b = s.take<float>(8 * width + VL);
-    for (int64_t i = 0; i < 8 * width; i += VL) store(b + i, vf{});
-  }
   template <int NR>
   INLINE void start(int64_t n) const {
     at = lone ? (const float*)p.f->data + n * p.f->ld : b;
@@ -74,7 +71,8 @@ struct Update {
 
 template <class T>
 void gemm_dot(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Scratch s) {
-  Update<T> update(p, s);
+  Update<T> update{p, s};
+  for (int64_t i = 0; i < 8 * update.width; i += VL) store(update.b + i, vf{});
   vf* part = s.take<vf>(kDotRows * 4);
   float* z = p.a ? s.take<float>(kDotRows * p.R) : nullptr;
   for (int64_t m = m0; m < m1; m += kDotRows) {

@@ -1,16 +1,20 @@
 // The products on CPU tensors, through our kernels.
 #include "host.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/ones.h>
 
 #include <cmath>
 #include <memory>
 
 namespace fastlora::cpu {
 
-char* scratch(int64_t bytes) {
+char* scratch(const Gemm& p) {
+  // The most that any kernel takes in any form, in floats: pages that none touches cost nothing.
+  const auto panels = [](int64_t K) { return (K / (2 * kSteps) + 1) * kTileBlock * (kSteps + 2); };   // of x, for tiles
+  const int64_t rows = (p.K + 64) * (p.R + kTileBlock + 4);      // copies of the adapters' rows and of some of x's
+  const int64_t update = (p.R + 32) * (kGroup + 2 * kRows);      // z, z g and f
+  const int64_t block = (kSteps + 2 + kRows) * kGroup + 65536;   // of w, and its sums; tiles and lanes
+  const int64_t bytes = (rows + update + block + panels(p.K) + panels(p.R + 32)) * 4 + p.adapters * 128;
   thread_local std::unique_ptr<char[]> buffer;
   thread_local int64_t size = 0;
   if (size < bytes) {
@@ -97,21 +101,19 @@ void run_grid(const Gemm& p, Form form, int threads) {
   const int64_t by_m = std::max<int64_t>(1, std::min<int64_t>(threads / by_n, p.M / kTileRows));
   const int64_t dn = chunk_of(p.N, by_n, unit), dm = chunk_of(p.M, by_m, kTileRows);
   const int64_t columns = divide_up(p.N, dn), rows = divide_up(p.M, dm);
-  const int64_t bytes = scratch_bytes(p);
   parallel(columns * rows, [&](int64_t t) {
     const int64_t m = t / columns * dm, n = t % columns * dn;
-    table->gemm(p, form, m, std::min(m + dm, p.M), n, std::min(n + dn, p.N), scratch(bytes));
+    table->gemm(p, form, m, std::min(m + dm, p.M), n, std::min(n + dn, p.N), scratch(p));
   });
 }
 
 // without a base: y = add + D((z g) f)
 void run_update(const Gemm& p) { run_grid(p, kPacked, threads_for(p.M * p.N * (p.R + 16))); }
 
-void run(Shrink p) {
-  p.tiles = p.type == kBFloat16 && cpu().amx && p.M >= 8;
-  const int64_t bytes = scratch_bytes(p);
+void run_shrink(const Gemm& p) {
+  const bool tiles = p.type == kBFloat16 && cpu().amx && p.M >= 8;
   share(p.M, 4, p.M * p.K * (p.R + 8 * (p.mask.threshold != 0)), [&](int64_t from, int64_t to) {
-    cpu().table[p.type]->shrink(p, from, to, scratch(bytes));
+    cpu().table[p.type]->shrink(p, tiles, from, to, scratch(p));
   });
 }
 
@@ -127,7 +129,7 @@ void run(Gemm p, const Tensor& x, const Tensor& w, const Tensor& out) {
       ahead = make({p.M, p.R}, x, at::kFloat);
       p.z_out = ahead.data_ptr<float>();
     }
-    run({p.type, p.M, p.K, p.R, p.x, p.ldx, p.adapters, p.a, {}, p.z_out});
+    run_shrink(p);   // which drops nothing: a mask of y comes with a given z only
     p.z = p.z_out;
     p.a = nullptr;
   }
@@ -143,8 +145,9 @@ void project(Gated& g, const Tensor& x, TensorList f, bool last_is_rank, const D
   const Rows rows(x);
   const Factors factors(f, last_is_rank);
   g.z = make(with_last(x.sizes(), factors.R), x, at::kFloat);
-  run({type_of(x), rows.M, rows.n, factors.R, rows.data, rows.ld, factors.count(), factors.list.data(), mask_of(d, rows.n),
-       g.z.data_ptr<float>()});
+  run_shrink({.type = type_of(x), .M = rows.M, .K = rows.n, .R = factors.R, .x = rows.data, .ldx = rows.ld,
+              .adapters = factors.count(), .a = factors.list.data(), .z_out = g.z.data_ptr<float>(),
+              .mask = mask_of(d, rows.n)});
 }
 
 Tensors outer(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, const Dropout& d) {
@@ -154,12 +157,12 @@ Tensors outer(const Gated& t, const Tensor& x, TensorList f, bool last_is_rank, 
   Tensors sums;
   c10::SmallVector<float*, 2> data;
   for (const auto& a : f) data.push_back(sums.emplace_back(make(a.sizes(), a, at::kFloat)).data_ptr<float>());
-  const Outer p{rows.M, rows.n, factors.R, t.z.const_data_ptr<float>(), gates_of(t.gate), rows.data, rows.ld,
-                mask_of(d, rows.n), factors.count(), factors.list.data(), data.data()};
+  const Gemm p{.M = rows.M, .K = rows.n, .R = factors.R, .x = rows.data, .ldx = rows.ld, .adapters = factors.count(),
+               .a = factors.list.data(), .z = t.z.const_data_ptr<float>(), .g = gates_of(t.gate),
+               .mask = mask_of(d, rows.n), .da = data.data()};
   const auto* table = cpu().table[type_of(x)];
-  const int64_t bytes = scratch_bytes(p);
   share(p.K, table->tile_columns, p.M * p.K * p.R,
-        [&](int64_t from, int64_t to) { table->outer(p, from, to, scratch(bytes)); });
+        [&](int64_t from, int64_t to) { table->outer(p, from, to, scratch(p)); });
   for (size_t e = 0; e < sums.size(); e++) sums[e] = sums[e].to(f[e].scalar_type());
   return sums;
 }
@@ -169,13 +172,8 @@ Tensor product(Product& q) {
   const auto width = q.start ? q.like.size(-1) : q.N;
   auto y = make(with_last(q.like.sizes(), width), q.like, q.like.scalar_type());
   const Rows rows(q.x.defined() ? q.x : q.start ? q.like : y);
-  Gemm p{};
-  p.type = type_of(y);
-  p.M = rows.M, p.N = q.N, p.R = f.R;
-  p.adapters = f.count(), p.f = f.list.data();
-  p.g = gates_of(q.z.gate);
-  p.mask = mask_of(q.dropout, p.N);
-  p.y = y.mutable_data_ptr(), p.ldy = width;
+  Gemm p{.type = type_of(y), .M = rows.M, .N = q.N, .R = f.R, .adapters = f.count(), .f = f.list.data(),
+         .g = gates_of(q.z.gate), .mask = mask_of(q.dropout, q.N), .y = y.mutable_data_ptr(), .ldy = width};
   if (q.z.z.defined()) {
     p.z = q.z.z.const_data_ptr<float>();
   } else {
@@ -216,7 +214,7 @@ const Products products = {project, outer, product};
 Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
   const auto mask = mask_of({p, seed}, x.size(-1));
   if (x.scalar_type() == at::kDouble) {
-    const auto kept = dropout(at::ones(x.sizes(), x.options().dtype(at::kFloat)), p, seed);
+    const auto kept = dropout(make(x.sizes(), x, at::kFloat).fill_(1), p, seed);
     return x.masked_fill(kept == 0, 0).mul_(mask.threshold ? 65536.0 / (65536 - std::min(mask.threshold, 65535u)) : 1.0);
   }
   auto y = make(x.sizes(), x, x.scalar_type());

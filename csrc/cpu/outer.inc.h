@@ -11,7 +11,7 @@ INLINE void store_transposed(const float* from, int64_t rank, int64_t columns, f
 
 // da's columns k0 .. k1: blocks of x become fp32 (and lose what dropout drops), then meet all rows of dz
 template <class T>
-void outer(const Outer& p, int64_t k0, int64_t k1, char* scratch) {
+void outer(const Gemm& p, int64_t k0, int64_t k1, char* scratch) {
   Scratch s{scratch};
   constexpr int64_t depth = 8192 / kGroup;
   constexpr int MR = kTall / 3 * 2;
@@ -32,7 +32,7 @@ void outer(const Outer& p, int64_t k0, int64_t k1, char* scratch) {
         }
       }
       for (int64_t r = 0; r < padded; r++)
-        for (int64_t i = 0; i < rows; i++) dz[r * depth + i] = r < p.R ? p.t[(m + i) * p.R + r] * gate(p.g, m + i, r) : 0;
+        for (int64_t i = 0; i < rows; i++) dz[r * depth + i] = r < p.R ? p.z[(m + i) * p.R + r] * gate(p.g, m + i, r) : 0;
       for (int64_t r = 0; r < padded; r += MR)
         for (int64_t c = 0; c < columns; c += kPanel) {
           vf acc[MR][2] = {};

@@ -85,18 +85,14 @@ struct Packed {
   typedef Packing<T> P;
   typedef typename P::S S;
   const Gemm& p;
-  float *w, *f, *zg, *part;
-  typename S::X* x;
-  uint16_t* lane;
+  Scratch& s;
+  float* w = s.take<float>(kPanelStride * (kGroup / kPanel));
+  float* f = s.take<float>(p.R * kGroup);
+  float* zg = s.take<float>((kRows + kTall) * p.R);
+  float* part = s.take<float>(kRows * kGroup);
+  typename S::X* x = s.take<typename S::X>(kTall * kStride);
+  uint16_t* lane = s.take<uint16_t>(kTall * kLanes);
 
-  Packed(const Gemm& p, Scratch& s) : p(p) {
-    w = s.take<float>(kPanelStride * (kGroup / kPanel));
-    f = s.take<float>(p.R * kGroup);
-    zg = s.take<float>((kRows + kTall) * p.R);
-    part = s.take<float>(kRows * kGroup);
-    x = s.take<typename S::X>(kTall * kStride);
-    lane = s.take<uint16_t>(kTall * kLanes);
-  }
   void rows_of_x(int64_t m, int64_t rows, int64_t padded, int64_t k, int64_t depth) {
     for (int64_t i = 0; i < padded; i++) {
       const T* from = (const T*)p.x + (m + i) * p.ldx + k;
@@ -131,7 +127,7 @@ struct Packed {
 
 template <class T>
 void gemm_packed(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Scratch s) {
-  Packed<T> packed(p, s);
+  Packed<T> packed{p, s};
   // rows of w that lie along n pack faster into few panels at once; with many rows of x that no longer counts
   const int64_t group = p.w_along_k || m1 - m0 > 128 ? kGroup : kGroup / 2;
   // blocks of one size

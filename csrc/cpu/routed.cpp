@@ -4,7 +4,6 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <cstring>
@@ -18,16 +17,9 @@ namespace {
 
 constexpr int64_t kPartRows = 64;   // most tokens that go through together
 
-// Tokens of one segment, by their places in `order`.
-struct Part {
-  const Segment* s;
-  int64_t start, stop;
-  int64_t z(const Adapters& c) const { return s->z + (start - s->start) * c.k * s->R; }
-};
-
 // z = x aT, or with `back` dy b, which has the same form (where there are no slices)
-void project(const Adapters& c, const Part& p, const Rows& x, bool back, float* z) {
-  const int64_t width = c.k * p.s->R, size = x.tensor.element_size(), bytes = x.n * size, M = p.stop - p.start;
+void project(const Adapters& c, const Segment& p, const Rows& x, bool back, float* z) {
+  const int64_t width = c.k * p.R, size = x.tensor.element_size(), bytes = x.n * size, M = p.stop - p.start;
   const auto* order = c.order + p.start;
   const auto* rows = static_cast<const char*>(x.data) + order[0] * x.ld * size;
   bool together = true;
@@ -40,50 +32,51 @@ void project(const Adapters& c, const Part& p, const Rows& x, bool back, float* 
     rows = copy.data();
   }
   const auto* table = cpu().table[c.type];
-  int64_t column = 0;
+  z += p.z;
   for (int64_t slice = 0; slice < c.k; slice++)
-    for (auto slot = p.s->slots; slot != p.s->end; slot++) {
+    for (auto slot = p.slots; slot != p.end; slot++) {
       const auto& entry = c.of(*slot);
       for (auto factor : back ? entry.b : entry.a) {
         factor.data = static_cast<const char*>(factor.data) + slice * entry.slice;
-        const Shrink shrink{c.type, M, x.n, width, rows, together ? x.ld : x.n, 1, &factor, {}, z + column};
-        table->shrink(shrink, 0, M, scratch(scratch_bytes(shrink)));
-        column += factor.rank;
+        const Gemm shrink{.type = c.type, .M = M, .K = x.n, .R = width, .x = rows, .ldx = together ? x.ld : x.n,
+                          .adapters = 1, .a = &factor, .z_out = z};
+        table->shrink(shrink, false, 0, M, scratch(shrink));
+        z += factor.rank;
       }
     }
 }
 
 // y += each row's sum of zg b, or with `back` of zg a
-void spread(const Adapters& c, const Part& p, const float* zg, bool back, const Tensor& y, const Tensor& bias) {
+void spread(const Adapters& c, const Segment& p, const float* zg, bool back, const Tensor& y, const Tensor& bias) {
   c10::SmallVector<Added, 8> list;
-  for (auto slot = p.s->slots; slot != p.s->end; slot++) {
+  for (auto slot = p.slots; slot != p.end; slot++) {
     const auto& entry = c.of(*slot);
     const auto& factors = back ? entry.a : entry.b;
     list.push_back({static_cast<int>(factors.size()), factors.data(), back ? nullptr : entry.d});
   }
   const auto N = y.size(-1);
   for (int64_t i = 0; i < c.k; i++)
-    cpu().table[c.type]->spread({p.stop - p.start, c.order + p.start, zg + i * p.s->R, c.k * p.s->R, c.gates, c.offsets,
+    cpu().table[c.type]->spread({p.stop - p.start, c.order + p.start, zg + p.z + i * p.R, c.k * p.R, c.gates, c.offsets,
                                  static_cast<int>(list.size()), list.data(), y.mutable_data_ptr(), N,
                                  bias.defined() ? bias.const_data_ptr() : nullptr},
                                 c.k == 1 ? 0 : c.bounds[i], c.k == 1 ? N : c.bounds[i + 1]);
 }
 
-// f(entry, slot, slice, gate times scale, where its z begins, its rank) of each adapter of each of a part's tokens
+// f(token, entry, slot, slice, gate times scale, where its z begins, its rank) of each adapter of each of the tokens
 template <class F>
-void walk(const Adapters& c, const Part& p, F&& f) {
-  auto at = p.z(c);
+void walk(const Adapters& c, const Segment& p, F&& f) {
+  auto at = p.z;
   for (auto i = p.start; i < p.stop; i++)
     for (int64_t slice = 0; slice < c.k; slice++)
-      for (auto slot = p.s->slots; slot != p.s->end; slot++) {
+      for (auto slot = p.slots; slot != p.end; slot++) {
         const auto& adapter = c.of(*slot);
-        const int64_t entry = c.offsets[c.order[i]] + (slot - p.s->slots);
-        f(entry, *slot, slice, c.gates[entry] * adapter.scale, at, adapter.rank);
+        const int64_t token = c.order[i], entry = c.offsets[token] + (slot - p.slots);
+        f(token, entry, *slot, slice, c.gates[entry] * adapter.scale, at, adapter.rank);
         at += adapter.rank;
       }
 }
 
-// f(part), the work of equal weight for each thread
+// f(some of a segment), the work of equal weight for each thread
 template <class F>
 void for_parts(const Adapters& c, int64_t columns, F&& f) {
   int64_t work = 0;
@@ -96,15 +89,14 @@ void for_parts(const Adapters& c, int64_t columns, F&& f) {
       const auto tokens = s.stop - s.start, first = begin;
       const auto place = [&](int64_t at) { return std::clamp<int64_t>(divide_up(at - first, s.R + 1), 0, tokens); };
       for (auto i = place(from); i < place(to); i += kPartRows)
-        f(Part{&s, s.start + i, s.start + std::min(i + kPartRows, place(to))});
+        f(Segment{s.start + i, s.start + std::min(i + kPartRows, place(to)), s.R, s.slots, s.end, s.z + i * c.k * s.R});
       begin += tokens * (s.R + 1);
     }
   });
 }
 
 Tensor base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  const Gate one;
-  Gated none{one, at::empty({x.numel() / x.size(-1), 0}, x.options().dtype(at::kFloat))};
+  Gated none{Gate{}, make({x.numel() / x.size(-1), 0}, x, at::kFloat)};
   Product p{x, weight.size(0), x, weight, none, {}, true, {}, {}, false, {}, bias};
   return products.product(p);
 }
@@ -118,7 +110,7 @@ bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorL
 RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
   if (cuda::takes_routed(x, lora_A, pages)) return cuda::routed(x, weight, bias, route, gates, slices, pages, want_z);
   if (!takes_routed(x, lora_A, lora_B, pages))
-    return call<"fastlora::lora_routed_forward", RoutedForward(FASTLORA_ROUTED_ARGS), "reference">(FASTLORA_ROUTED);
+    return call<"fastlora::lora_routed_forward", decltype(lora_routed_forward), "reference">(FASTLORA_ROUTED);
   const Rows rows(x);
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   const auto row = bias ? bias->contiguous() : Tensor();
@@ -128,13 +120,13 @@ RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
   auto out = want_z ? at::zeros({gates.size(0), c.k * most}, x.options().dtype(at::kFloat)) : nothing(x);
   const auto buffer = make({c.total}, x, at::kFloat);
   auto *z = buffer.data_ptr<float>(), *kept = want_z ? out.data_ptr<float>() : nullptr;
-  for_parts(c, rows.n + weight.size(0), [&](const Part& p) {
-    project(c, p, rows, false, z + p.z(c));
-    walk(c, p, [&](int64_t entry, int64_t, int64_t slice, float g, int64_t at, int64_t rank) {
+  for_parts(c, rows.n + weight.size(0), [&](const Segment& p) {
+    project(c, p, rows, false, z);
+    walk(c, p, [&](int64_t, int64_t entry, int64_t, int64_t slice, float g, int64_t at, int64_t rank) {
       if (kept) std::memcpy(kept + (entry * c.k + slice) * most, z + at, rank * sizeof(float));
       for (int64_t r = 0; r < rank; r++) z[at + r] *= g;
     });
-    spread(c, p, z + p.z(c), false, y, row);
+    spread(c, p, z, false, y, row);
   });
   return {y, out};
 }
@@ -151,30 +143,26 @@ std::optional<RoutedBackward> run_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
   auto dg = at::zeros({gates.size(0)}, z.options()), ds = at::zeros({E}, z.options());
   auto* sums = dg.data_ptr<float>();
   const auto dx = need_x ? base(dy, weight.t(), {}) : nothing(x);
-  for_parts(c, rows.n + x.size(-1), [&](const Part& p) {
-    project(c, p, rows, true, t + p.z(c));
-    walk(c, p, [&](int64_t entry, int64_t, int64_t, float g, int64_t at, int64_t rank) {
+  for_parts(c, rows.n + x.size(-1), [&](const Segment& p) {
+    project(c, p, rows, true, t);
+    walk(c, p, [&](int64_t, int64_t entry, int64_t, int64_t, float g, int64_t at, int64_t rank) {
       const float* z_row = saved.const_data_ptr<float>() + entry * width;
       for (int64_t r = 0; r < rank; r++) {
         sums[entry] += t[at + r] * z_row[r];
         t[at + r] *= g, zg[at + r] = z_row[r] * g;
       }
     });
-    if (need_x) spread(c, p, t + p.z(c), true, dx, {});
+    if (need_x) spread(c, p, t, true, dx, {});
   });
   std::vector<std::vector<int64_t>> tokens(E), places(E);   // of each pair: its tokens, and where their z lies
-  for (const auto& s : c.segments) {
-    int64_t seen = 0;
-    walk(c, Part{&s, s.start, s.stop}, [&](int64_t entry, int64_t slot, int64_t, float, int64_t at, int64_t) {
-      const auto token = c.order[s.start + seen++ / (s.end - s.slots)];
+  for (const auto& s : c.segments)
+    walk(c, s, [&](int64_t token, int64_t entry, int64_t slot, int64_t, float, int64_t at, int64_t) {
       if (slot >= S) {
         tokens[slot - S].push_back(token), places[slot - S].push_back(at);
         ds.data_ptr<float>()[slot - S] += sums[entry] * c.gates[entry];
       }
       sums[entry] *= c.of(slot).scale;
     });
-  }
-  const Gate one;
   Tensors dA, dB;
   for (int64_t e = 0; e < E && (need_A || need_B); e++) {
     const auto m = static_cast<int64_t>(tokens[e].size()), r = lora_B[e].size(1);
@@ -184,11 +172,11 @@ std::optional<RoutedBackward> run_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
       return part;
     };
     const auto grad = [&](const float* from, const Tensor& rows, const Tensor& adapter, bool last_is_rank) {
-      if (m == 0 || r == 0) return at::zeros_like(adapter);
+      if (m == 0 || r == 0) return at::zeros(adapter.sizes(), adapter.options());
       const auto& own = tokens[e];
       const bool together = own.back() - own.front() == m - 1 && std::is_sorted(own.begin(), own.end());
       const auto mine = together ? rows.narrow(0, own.front(), m) : rows.index_select(0, at::tensor(own));
-      return products.outer({one, of(from)}, mine, adapter, last_is_rank, {})[0];
+      return products.outer({Gate{}, of(from)}, mine, adapter, last_is_rank, {})[0];
     };
     if (need_A) dA.push_back(grad(t, x2, lora_A[e], false));
     if (need_B) dB.push_back(grad(zg, dy2, lora_B[e], true));
@@ -209,8 +197,7 @@ RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS) { return cpu::run_routed
 RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
   if (cpu::takes_routed(x, lora_A, lora_B, pages) && slices.empty())
     if (auto grads = cpu::run_backward(FASTLORA_ROUTED_BACKWARD)) return *grads;
-  return call<"fastlora::lora_routed_backward", RoutedBackward(FASTLORA_ROUTED_BACKWARD_ARGS), "reference">(
-      FASTLORA_ROUTED_BACKWARD);
+  return call<"fastlora::lora_routed_backward", decltype(lora_routed_backward), "reference">(FASTLORA_ROUTED_BACKWARD);
 }
 
 }  // namespace fastlora

@@ -1,10 +1,8 @@
 // The second half of the routed update: rows of y, wherever they lie, += their adapters' b, read in place.
-template <class T, int MR, int NV, bool WHOLE>
-INLINE void spread_tile(const Spread& p, int64_t m, int64_t n, int64_t columns) {
-  const auto get = [&](const T* at, int v) {
-    if constexpr (WHOLE) return load(at + v * VL);
-    return load_upto(at + v * VL, columns - v * VL);
-  };
+template <class T, int MR, int NV>
+INLINE void spread_tile(const Spread& p, int64_t m, int64_t n, int64_t left) {
+  const int64_t columns = NV > 1 ? NV * VL : left;   // a lone vector may be a part
+  const auto get = [&](const T* at, int v) { return load_upto(at + v * VL, columns - v * VL); };
   const float* z = p.zg + m * p.ldz;
   T* y[MR];
   vf acc[MR][NV];
@@ -42,20 +40,20 @@ INLINE void spread_tile(const Spread& p, int64_t m, int64_t n, int64_t columns) 
   UNROLL
   for (int i = 0; i < MR; i++) {
     UNROLL
-    for (int v = 0; v < NV; v++) WHOLE ? store(y[i] + v * VL, acc[i][v]) : store_upto(y[i] + v * VL, acc[i][v], columns - v * VL);
+    for (int v = 0; v < NV; v++) store_upto(y[i] + v * VL, acc[i][v], columns - v * VL);
   }
 }
-template <class T, int NV, bool WHOLE>
-void spread_rows(const Spread& p, int64_t n, int64_t columns) {
+template <class T, int NV>
+void spread_rows(const Spread& p, int64_t n, int64_t left) {
   int64_t m = 0;
-  for (; m + 4 <= p.M; m += 4) spread_tile<T, 4, NV, WHOLE>(p, m, n, columns);
-  for (; m + 2 <= p.M; m += 2) spread_tile<T, 2, NV, WHOLE>(p, m, n, columns);
-  for (; m < p.M; m++) spread_tile<T, 1, NV, WHOLE>(p, m, n, columns);
+  for (; m + 4 <= p.M; m += 4) spread_tile<T, 4, NV>(p, m, n, left);
+  for (; m + 2 <= p.M; m += 2) spread_tile<T, 2, NV>(p, m, n, left);
+  for (; m < p.M; m++) spread_tile<T, 1, NV>(p, m, n, left);
 }
 template <class T>
 void spread(const Spread& p, int64_t n0, int64_t n1) {
   constexpr int NV = VL == 16 ? 4 : 2;
   int64_t n = n0;
-  for (; n + NV * VL <= n1; n += NV * VL) spread_rows<T, NV, true>(p, n, NV * VL);
-  for (; n < n1; n += VL) spread_rows<T, 1, false>(p, n, n1 - n);
+  for (; n + NV * VL <= n1; n += NV * VL) spread_rows<T, NV>(p, n, n1 - n);
+  for (; n < n1; n += VL) spread_rows<T, 1>(p, n, n1 - n);
 }

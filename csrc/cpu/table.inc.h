@@ -29,11 +29,12 @@ void gemm(const Gemm& p, Form form, int64_t m0, int64_t m1, int64_t n0, int64_t 
   if (n0 < n1) gemm_packed<T>(p, m0, m1, n0, n1, s);
 }
 template <class T>
-void shrink(const Shrink& p, int64_t m0, int64_t m1, char* scratch) {
+void shrink(const Gemm& p, bool tiles, int64_t m0, int64_t m1, char* scratch) {
   Scratch s{scratch};
-  const int64_t block = p.tiles ? kTileBlock : 16;
+  const int64_t block = tiles ? kTileBlock : 16;
   int64_t ld = round_up(p.K, 32) + 32;
-  T* kept_x = s.take<T>(p.mask.threshold ? block * ld : 0);
+  const bool masked = p.mask.threshold;
+  T* kept_x = s.take<T>(masked ? block * ld : 0);
   Factor* a = s.take<Factor>(p.adapters);   // converted once for all blocks
   for (int e = 0; e < p.adapters; e++) {
     a[e] = {nullptr, p.type, p.a[e].rank, 0, false};
@@ -42,15 +43,13 @@ void shrink(const Shrink& p, int64_t m0, int64_t m1, char* scratch) {
   for (int64_t m = m0; m < m1; m += block) {
     int64_t rows = min(block, m1 - m);
     const T* x = (const T*)p.x + m * p.ldx;
-    for (int64_t i = 0; p.mask.threshold && i < rows; i++)
+    for (int64_t i = 0; masked && i < rows; i++)
       keep_row(x + i * p.ldx, kept_x + i * ld, p.K, (m + i) * p.mask.width, p.mask, 1);
-    bool masked = p.mask.threshold;
+    auto* run = shrink_rows<T>;
 #ifdef DOT_BF16
-    const auto run = p.tiles ? shrink_tiles : shrink_rows<T>;
-#else
-    const auto run = shrink_rows<T>;
+    if (tiles) run = shrink_tiles;
 #endif
-    run(masked ? kept_x : x, masked ? ld : p.ldx, rows, p.K, p.adapters, a, p.z + m * p.R, p.R, masked ? p.mask.scale : 1, s);
+    run(masked ? kept_x : x, masked ? ld : p.ldx, rows, p.K, p.adapters, a, p.z_out + m * p.R, p.R, masked ? p.mask.scale : 1, s);
   }
 }
 template <class T>

@@ -9,8 +9,7 @@ struct Panels {
   Panels(int64_t rows, int64_t K, Scratch& s)
       : depth((rows + kPanel - 1) / kPanel * kPanelStride), data(s.take<float>((K / kTileSteps + 1) * depth)) {}
   void pack(const bf16* x, int64_t ldx, int64_t rows, int64_t K) const {
-    Gemm p{};
-    p.w = x, p.ldw = ldx, p.w_along_k = true;
+    const Gemm p{.w = x, .ldw = ldx, .w_along_k = true};
     for (int64_t k = 0; k < K; k += kTileSteps)
       pack_group<bf16>(p, 0, rows, k, min(kTileSteps, K - k), data + k / kTileSteps * depth);
   }

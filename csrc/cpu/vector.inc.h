@@ -31,16 +31,12 @@ INLINE void put(void* p, V v) {
 // part of a vector, zero beyond; fp16; products of 32-bit halves
 #if VL == 16
 INLINE vf get_part(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
-INLINE vh get_part(const uint16_t* p, int64_t n) {
-  return (vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
-}
+INLINE vh get_part(const uint16_t* p, int64_t n) { return (vh)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p); }
 INLINE vw get_wide_part(const uint16_t* p, int64_t n) {
   return (vw)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
 }
 INLINE void put_part(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
-INLINE void put_part(uint16_t* p, vh v, int64_t n) {
-  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)v);
-}
+INLINE void put_part(uint16_t* p, vh v, int64_t n) { _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)v); }
 INLINE vf half_to_float(vh h) { return (vf)_mm512_cvtph_ps((__m256i)h); }
 INLINE vh float_to_half(vf v) { return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 INLINE vq multiply(vq a, uint64_t b) { return (vq)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); }

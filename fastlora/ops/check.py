@@ -1,20 +1,18 @@
 """Argument checks of the ops, by name: what was given and what was expected. (`csrc/check.cpp` asks the same.)"""
 
-import math
+import functools
 
 import torch
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def value(ok, name, got, expected):
+def _expect(error, ok, name, got, expected):
     if not ok:
-        raise ValueError(f"fastlora: {name}: got {got}, expected {expected}")
+        raise error(f"fastlora: {name}: got {got}, expected {expected}")
 
 
-def kind(ok, name, got, expected):
-    if not ok:
-        raise TypeError(f"fastlora: {name}: got {got}, expected {expected}")
+value, kind = functools.partial(_expect, ValueError), functools.partial(_expect, TypeError)
 
 
 def tensors(name, given):
@@ -47,7 +45,7 @@ def adapter(name, t, rows, columns, x):
 
 
 def probability(p):
-    value(math.isfinite(p) and 0 <= p <= 1, "dropout_p", p, "a number from 0 to 1")
+    value(0 <= p <= 1, "dropout_p", p, "a number from 0 to 1")
 
 
 def dropout(x, dropout_p, seed):

@@ -29,8 +29,7 @@ def define(name, arguments, returns, fake, check=None, reference=None):
     walk = backends.kernel(name, check)
     kernels = {name: walk, f"{name}.python": walk}
     if reference:
-        backends.register(name, "reference", reference)
-        kernels[f"{name}.reference"] = reference
+        backends.references[name] = kernels[f"{name}.reference"] = reference
     for overload, kernel in kernels.items():
         lib.define(f"{overload}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
         lib.impl(overload, kernel, "CompositeExplicitAutograd")

@@ -94,8 +94,7 @@ def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
             NEED_T=need_t, NEED_DB=need_b, **options,
         )  # fmt: skip
         t, db = tile.total(t, count), tile.total(db, blocks)
-    dB = tile.split(db, lora_B, 1) if need_b else []
-    return t, g, dB, *tile.gate_backward(t, z, scaling, gates, ranks, *of_gate)
+    return t, g, tile.split(db, lora_B, 1) if need_b else [], *tile.gate_backward(t, z, scaling, gates, ranks, *of_gate)
 
 
 def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
@@ -103,9 +102,7 @@ def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
     y2, z2, b = tile.rows_of(y), tile.rows_of(z), tile.join(lora_B, 1)
     (M, N), R = y2.shape, z2.shape[1]
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    if not (M and N):
-        return out
-    if not R:
+    if not (M and N and R):
         return out.copy_(y)
     g, (start, stop) = tile.gate(scaling, gates, ranks, z), columns or (0, N)
     grid, options = _plan(M, N, R, y.element_size())

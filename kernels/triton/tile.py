@@ -122,11 +122,8 @@ def join(pairs, dim):
 
 def split(gradient, adapters, dim):
     """One gradient for each adapter, in its type and in memory of its own."""
-    if len(adapters) == 1:
-        return [gradient.to(adapters[0].dtype)]
-    parts = gradient.split([a.shape[dim] for a in adapters], dim)
-    pairs = zip(parts, adapters, strict=True)
-    return [part.to(a.dtype, copy=True) for part, a in pairs]
+    parts, several = gradient.split([a.shape[dim] for a in adapters], dim), len(adapters) > 1
+    return [part.to(a.dtype, copy=several) for part, a in zip(parts, adapters, strict=True)]
 
 
 def partial(count, shape, x):
@@ -169,10 +166,8 @@ def gate(scaling, gates, ranks, z):
         return Gate(None, 0, 0, scale)
     if rows.dim() and rows.shape[-1] > 1 and any(r != 1 for r in ranks):
         rows = rows.index_select(-1, _owner(tuple(ranks), z.device))
-    if rows.dim() > 1:
-        rows = rows_of(rows.expand(*z.shape[:-1], rows.shape[-1]))
-    gr = rows.stride(-1) if rows.dim() and rows.shape[-1] > 1 else 0
-    return Gate(rows, rows.stride(0) if rows.dim() > 1 else 0, gr, scale)
+    rows = rows_of(rows.expand(*z.shape[:-1], rows.shape[-1:].numel())).expand(-1, z.shape[-1])
+    return Gate(rows, *rows.stride(), scale)
 
 
 def gate_backward(t, z, scaling, gates, ranks, need_scaling, need_gates):
