@@ -52,7 +52,7 @@ def info():
 
 def _triton():
     try:
-        return metadata.version("triton")
+        return f"{metadata.version('triton')}; FASTLORA_TRITON={os.environ.get('FASTLORA_TRITON', '')}"
     except metadata.PackageNotFoundError:
         return "not installed: pip install triton"
 
