@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,9 @@ ROWS = {
 PARTS = tuple(ROWS)
 METHODS = ("base", "fastlora", "fastlora_kernels", "fastlora_triton")
 OTHERS = {
-    "linear": ("addmm", "peft", "peft_bf16", "compile", "lorafusion_sequence"),
+    "linear": ("fastlora_triton_tma", "addmm", "peft", "peft_bf16", "compile", "lorafusion_sequence"),
     "decode": ("addmm", "peft", "peft_bf16", "compile", "vllm_sequence"),
-    "backward": ("addmm", "peft", "peft_bf16", "compile", "lorafusion_sequence"),
+    "backward": ("fastlora_triton_tma", "addmm", "peft", "peft_bf16", "compile", "lorafusion_sequence"),
     "gated": ("loop", "compile"),
     "routed": ("loop", "grouped_mm", "vllm_sequence"),
 }
@@ -113,7 +114,8 @@ def pinned(method, call, *args):
     form = method.removeprefix("fastlora") if method.startswith("fastlora") else None
     if form == "_kernels" and backends.cuda_missing():
         raise ImportError(backends.cuda_missing())
-    with backends.use_backend("triton") if form == "_triton" else contextlib.nullcontext():
+    triton = form in ("_triton", "_triton_tma")
+    with _triton(form == "_triton_tma") if triton else contextlib.nullcontext():
         if form is None or backends.native()[0] is None:
             return call(*args)
         backends.native()[0].pin_gpu({"": "composed", "_kernels": "kernels"}.get(form, ""))
@@ -121,6 +123,16 @@ def pinned(method, call, *args):
             return call(*args)
         finally:
             backends.native()[0].pin_gpu("")
+
+
+@contextlib.contextmanager
+def _triton(tma):
+    """Triton's kernels, with its persistent product or without."""
+    if tma and torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        raise NotImplementedError("the persistent form is for compute capability 9.0")
+    tile = importlib.import_module("fastlora.kernels.tile")
+    with backends.use_backend("triton"), mock.patch.object(tile, "FORM", "tma" if tma else ""):
+        yield
 
 
 def _call(case, layer, x, dy, trained):

@@ -37,7 +37,7 @@ def main(argv=None):
 def info():
     """{name: sentence} of the versions and of what each back-end needs."""
     module, missing = backends.native()
-    forced, triton = os.environ.get("FASTLORA_CPU"), _installed("triton")
+    forced, form, triton = os.environ.get("FASTLORA_CPU"), os.environ.get("FASTLORA_TRITON", ""), _installed("triton")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "but no GPU that torch can use"
     return {
         "fastlora": f"{fastlora.__version__} in {Path(fastlora.__file__).parent}",
@@ -45,7 +45,7 @@ def info():
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "_C": missing or f"built for torch {module.torch_version()}",
         "CPU": f"{module.cpu_name()}{' (FASTLORA_CPU)' if forced else ''}" if module else "plain torch, for want of _C",
-        "Triton": triton.version if triton else "not installed: pip install triton",
+        "Triton": f"{triton.version}; FASTLORA_TRITON={form}" if triton else "not installed: pip install triton",
         "CUDA": f"{torch.version.cuda}, {gpu}" if torch.version.cuda else "this torch was built without it",
         "CUDA C++": backends.cuda_missing() or f"there; FASTLORA_GPU={os.environ.get('FASTLORA_GPU', '')}",
     }

@@ -46,6 +46,21 @@ def linear(M, N, itemsize, arch, sms):
     return Config(128, 128, 64, 8, 3)
 
 
+def product_tma(M, N, K, itemsize, arch, sms):
+    """The persistent TMA form of it, or None where it cannot run: rows of y must start on 16 bytes."""
+    if arch != 90 or itemsize != 2 or M <= 64 or N % 8 or not K:
+        return None
+    c = linear(M, N, itemsize, arch, sms)
+    # The tile that is stored lies beside the pipeline: 128 x 256 has no room for a fourth stage.
+    return c if c.BN == 256 else c._replace(stages=4)
+
+
+def describes(t):
+    """Whether a TMA descriptor can name this matrix."""
+    (outer, inner), size = t.stride(), t.element_size()
+    return inner == 1 and outer >= t.shape[1] and outer * size % 16 == 0 and t.data_ptr() % 16 == 0
+
+
 def decode(M, itemsize, RP, aligned):
     """Few tokens on the short side of the product; long steps of K, so that W streams, where registers allow them."""
     BM = max(16, 1 << (M - 1).bit_length())

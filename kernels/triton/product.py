@@ -6,8 +6,29 @@ import torch
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config, tile
+
+
+@triton.jit
+def _put(y, value, place, inside):
+    """A tile into y: a pointer, or (inside is None) a descriptor, which knows its edges."""
+    if inside is None:
+        y.store(place, value)
+    else:
+        tl.store(y + place, value, mask=inside)
+
+
+@triton.jit
+def _epilogue(acc, column_scale, bias, u, y, place, inside, cols, N, to: tl.constexpr):
+    """A finished sum: u, then ⊙ c, + bias, and y."""
+    if column_scale is not None:
+        _put(u, acc.to(to), place, inside)
+        acc *= tl.load(column_scale + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    _put(y, acc.to(to), place, inside)
 
 
 @triton.jit
@@ -43,12 +64,27 @@ def _product_kernel(
         # After the loop, never a branch in it: that would undo the pipelining of the loads without an error.
         acc = tile.update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols, M, N, R, to, RP, ONE)
     place = rows[:, None] * N + cols[None, :]
-    if column_scale is not None:
-        tl.store(u + place, acc.to(to), mask=row_in & col_in)
-        acc *= tl.load(column_scale + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + place, acc.to(to), mask=row_in & col_in)
+    _epilogue(acc, column_scale, bias, u, y, place, row_in & col_in, cols, N, to)
+
+
+@triton.jit
+def _product_tma_kernel(
+    x, w, z, g, b, column_scale, bias, u, y, scale, M, N, K, R, zm, zr, gm, gr, bn, br,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, ONE: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """The same without dropout by any number of programs; x, w, u, y are descriptors, TURNED: of w as [N, K]."""
+    for pid in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0), flatten=False):
+        pm, pn = tile.grouped(pid, M, N, BM, BN, 8)
+        rows = pm.to(tl.int64) * BM + tl.arange(0, BM)
+        cols = pn * BN + tl.arange(0, BN)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            # What lies beyond an edge comes as zeros.
+            wt = w.load([pn * BN, k]).T if TURNED else w.load([k, pn * BN])
+            acc = tl.dot(x.load([pm * BM, k]), wt, acc)
+        if RP > 0:
+            acc = tile.update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols, M, N, R, y.dtype, RP, ONE)
+        _epilogue(acc, column_scale, bias, u, y, (pm * BM, pn * BN), None, cols, N, y.dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -61,13 +97,33 @@ def _plan(M, N, K, R, itemsize, dropout, device):
     )  # fmt: skip
 
 
+def _product_tma(x, w, z, b, g, column_scale, bias, u, y):
+    """Whether the persistent form took this call."""
+    (M, K), (R, N), turned = x.shape, b.shape, w.stride(0) == 1
+    c, stored = config.product_tma(M, N, K, x.element_size(), *tile.device_of(x)), w.t() if turned else w
+    if not (c and config.describes(x) and config.describes(stored)):
+        return False
+    programs = min(config.cdiv(M, c.BM) * config.cdiv(N, c.BN), tile.device_of(x).sms)
+    # The tile of b lies in registers: half as many ranks of it where it is fp32.
+    RP = config.rank_block(R, 16 if b.element_size() == 4 else 32)
+    blocks = (x, c.BM, c.BK), (stored, *((c.BN, c.BK) if turned else (c.BK, c.BN))), (u, c.BM, c.BN), (y, c.BM, c.BN)
+    xd, wd, ud, yd = (t if t is None else TensorDescriptor.from_tensor(tile.rows_of(t), box) for t, *box in blocks)
+    tile.launch(
+        _product_tma_kernel, (programs,), x, xd, wd, z, g.rows, b, column_scale, bias, ud, yd, g.scale,
+        M, N, K, R, *z.stride(), g.gm, g.gr, b.stride(1), b.stride(0),
+        BM=c.BM, BN=c.BN, BK=c.BK, RP=RP, ONE=R <= RP, TURNED=turned, num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+    return True
+
+
 def product(x, w, z, b, g, shape, column_scale=None, bias=None, dropout_p=0.0, seed=None):
     """(y, u = x (M, K) · w (K, N) + (z ⊙ g) (M, R) · b (R, N) or, without column_scale, None) of this shape."""
     (M, K), (R, N) = x.shape, b.shape
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
     u = None if column_scale is None else torch.empty_like(y)
-    if M and N:
-        dropout_p = dropout_p if R else 0.0
+    dropout_p = dropout_p if R else 0.0
+    tma = tile.FORM == "tma" and not dropout_p
+    if M and N and not (tma and _product_tma(x, w, z, b, g, column_scale, bias, u, y)):
         grid, options = _plan(M, N, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
         tile.launch(
             _product_kernel, grid, x,

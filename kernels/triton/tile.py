@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+# "tma" asks for the product's persistent form, wherever it can run.
+FORM = os.environ.get("FASTLORA_TRITON", "")
 
 
 @triton.jit
@@ -217,6 +219,8 @@ def _unsupported(device):
 
 def objection(*args):
     """The sentence that says why Triton cannot take tensors such as these, or None."""
+    if FORM not in ("", "tma"):
+        return f"FASTLORA_TRITON={FORM}: expected tma or nothing"
     flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, torch.Tensor)]
     x = flat[0]
     if x.dtype == torch.float64:
