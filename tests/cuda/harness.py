@@ -37,7 +37,7 @@ SEED = 0x1234_5678_9ABC_DEF
 FLAGS = {"plain": ["-O2"], "checked": ["-O1", "-fsanitize=thread"]}
 MODES = list(FLAGS) if DEVICE == "cpu" else ["gpu"]
 ON_THE_HOST = pytest.mark.skipif(DEVICE != "cpu", reason="the emulator has a second device")
-NO_STATUS = [f"FASTLORA_{name}" for name in ("BF16", "FP16", "PARTS", "TILE", "ROUTED_TILE", "CUDA")]
+NO_STATUS = [f"FASTLORA_{name}" for name in ("BF16", "FP16", "PARTS", "TILE", "ROUTED_TILE", "NORMS_ROWS", "CUDA")]
 SCALARS = {"int": ctypes.c_int, "long long": ctypes.c_longlong, "float": ctypes.c_float}
 
 

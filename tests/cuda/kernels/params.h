@@ -2,7 +2,7 @@
 // pointer is memory of the current device. `dropped` is round(p · 65536), `type` a FastloraType.
 #pragma once
 enum FastloraType { FASTLORA_BF16, FASTLORA_FP16 };
-enum FastloraLimits { FASTLORA_PARTS = 8, FASTLORA_TILE = 4096, FASTLORA_ROUTED_TILE = 512 };
+enum FastloraLimits { FASTLORA_PARTS = 8, FASTLORA_TILE = 4096, FASTLORA_ROUTED_TILE = 512, FASTLORA_NORMS_ROWS = 128 };
 // FASTLORA_CUDA + e is the runtime's error e. fastlora_error has a sentence for each.
 enum FastloraStatus { FASTLORA_OK, FASTLORA_NO_DEVICE, FASTLORA_NULL, FASTLORA_MISALIGNED, FASTLORA_FOREIGN,
                       FASTLORA_SHAPE, FASTLORA_TOO_LARGE, FASTLORA_WORKSPACE, FASTLORA_CUDA = 1000 };
@@ -99,6 +99,29 @@ struct ExpandParams {
   int count, type;
 };
 
+// y[i] += (scale · g[i] ⊙ a[:, ids[i]]) b, in place, and z[i] = a[:, ids[i]]. Where ids[i] is not in [0, vocab) y keeps
+// its bits and z is zero.
+struct GatherParams {
+  Matrix y, a, b;        // [m, columns]; [ranks, vocab]; [columns, ranks]
+  Matrix g, z;           // null or fp32 [m, ranks]; g's stride 0 for one row
+  const long long* ids;  // [m]
+  long long m, ranks, columns, vocab;
+  float scale;
+  int type;
+};
+
+// norms[i] = ‖w[i] + scale · (g ⊙ b[i]) a‖₂
+struct NormsParams {
+  Matrix w, a, b;  // [n, k]; [ranks, k]; [n, ranks]
+  const float* g;  // null or [ranks]; g ⊙ b must be in w's type's range
+  float* norms;
+  float* partial;     // where splits > 1: for each counter splits · 8 · FASTLORA_NORMS_ROWS floats
+  unsigned* arrived;  // and ⌈n / FASTLORA_NORMS_ROWS⌉ zeros, left as zeros
+  long long n, k, ranks, partials, counters;
+  float scale;
+  int type, splits;  // splits: parts of k, added in their order
+};
+
 // z[entry] = x aᵀ of its token and slot: in fp32, for each slice 8 · pages columns, zero beyond the rank.
 struct Routed_shrinkParams {
   Matrix x, z;        // [m, k]; [entries, slices · 8 · pages]
@@ -134,5 +157,7 @@ extern "C" int launch_shrink_backward(const Shrink_backwardParams* params, void*
 extern "C" long long fastlora_expand_backward_workspace(const Expand_backwardParams* params, long long* counters);
 extern "C" long long fastlora_shrink_backward_counters(long long k, long long ranks);
 extern "C" int launch_expand(const ExpandParams* params, void* stream);
+extern "C" int launch_gather(const GatherParams* params, void* stream);
+extern "C" int launch_norms(const NormsParams* params, void* stream);
 extern "C" int launch_routed_shrink(const Routed_shrinkParams* params, void* stream);
 extern "C" int launch_routed_expand(const Routed_expandParams* params, void* stream);
