@@ -112,7 +112,7 @@ def test_copies(arch):
     assert order == sorted(order)
 
 
-@pytest.mark.parametrize("op, loads, stores", [("expand", 14, 4), ("routed_shrink", 6, 0), ("routed_expand", 8, 4)])
+@pytest.mark.parametrize("op, loads, stores", [("expand", 14, 4), ("routed_shrink", 6, 0), ("routed_expand", 21, 4)])
 def test_chunks_are_moved_at_once(op, loads, stores):
     """Where direct.cuh means an access of 16 bytes, nvcc makes one: not eight of two bytes."""
     with tempfile.TemporaryDirectory() as folder:
