@@ -59,6 +59,7 @@ class Problem(decode.Problem):
 
 
 CASES = [
+    Case(1, 1, 1, (1,), lists=[[(0, 1.0)]], dora=(0,), name="smallest"),
     Case(6, 200, 72, SLOTS, (70, 0, 130), splits=2, lists=MIXED, dora=(0, 2, 5), name="lists with and without, slices"),
     Case(3, 72, 130, SLOTS, splits=5, lists=[[(3, 0.5)], [(1, 1.0)], [(3, 1.0), (3, -2.0)]], dora=(3,), name="rank 0"),
     Case(21, 40, 67, SLOTS, lists=[[(0, 1.0), (9, 1.0), (5, 0.5)]] * 20 + [[]], dtype=torch.float16, shift=1, pad=3,
@@ -85,7 +86,7 @@ def test_dora(case, mode):
 
 def test_it_is_the_op():
     """The reference's values in float64, and no worse than the reference at the same type, by the error rule."""
-    problem = Problem(replace(CASES[0], bias=True))
+    problem = Problem(replace(CASES[1], bias=True))
     route, (A,), (B,) = Route.from_lists(MIXED, device=harness.DEVICE), problem.a, problem.b
     A, B = A.view(-1, 3, 8, problem.case.k), B.view(-1, 8, problem.case.n)
 

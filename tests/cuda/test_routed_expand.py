@@ -100,9 +100,16 @@ CASES = [
     Case(MIXED, pad=3, slices=(67,), name="padded rows off the grid"),
     Case(MIXED, pad=5, slices=(67,), name="padded rows on the grid"),
     Case([[(3, 1.0)], [(9, 1.0)]], name="no ranks"),
+    replace(SMALLEST, dora=(0,), name="DoRA, smallest"),
     # a list with and without, one slot twice, one of rank 0, one that is not there
     Case([*MIXED[:4], [(3, 0.5)]], dora=(0, 2, 3), slices=(72,), bias=True, name="DoRA"),
-    Case([[(4, 1.0)]] * 17 + [[(5, -2), (4, 0.5)]], slices=(16, 67), dtype=torch.float16, dora=(4,), name="DoRA, fp16"),
+    Case(
+        [*([(4, 0.5 + i % 2)] for i in range(17)), [(5, -2.0), (4, 0.5)]],
+        slices=(16, 67),
+        dtype=torch.float16,
+        dora=(4,),
+        name="DoRA, gates of its tokens",
+    ),
     Case(MIXED[:4], dora=(0, 4), shift=1, pad=2, slices=(264,), bias=True, name="DoRA off the grid"),
 ]
 CANCEL = Case([[(4, 1.0)]] * 17, cancel=True, name="halves cancel")
@@ -149,7 +156,7 @@ def test_both_halves_are_the_op(slices):
 @pytest.mark.skipif(harness.DEVICE != "cpu", reason="reserves memory of the host")
 @pytest.mark.parametrize("name", ["y", "B", "z"])
 def test_far_apart(name):
-    problem, library = Problem(Case([[(0, 1.0), (1, 1.0)]] * 3, ranks=(8, 16), dora=(1,))), harness.library()
+    problem, library = Problem(Case([[(0, 1.0), (1, 1.0)]] * 11, ranks=(8, 16), dora=(0, 1))), harness.library()
     tensors = dict(y=problem.before, B=problem.B, z=problem.z)
     tensors[name] = shrink.far(tensors[name])
     problem.B, problem.z = tensors["B"], tensors["z"]

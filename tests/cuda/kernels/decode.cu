@@ -134,7 +134,7 @@ static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_
         }
       }
     }
-    const int own = n0 + warp * 16 + lane / 4;
+    const int own = n0 + warp * 16 + lane / 4;  // and own + 8: the columns of the thread's accumulators
     if (dora && !rank0) scale_base<T>(p, part, own, acc);
     if (pieces <= 0) break;
     copy_async_wait<STAGES - 2>();

@@ -41,12 +41,12 @@ struct ShrinkParams {
 // Rank row r of slot s: row r % 8 of page table[s, r / 8]. Elements from one page, slice of y's columns, row to the next.
 struct Pages { void* data; long long page, slice, row; };
 // Which adapters each token uses: the tensors of a Route and of Pages (fastlora/ops/route.py). They are trusted, but a
-// slot that is not in the tables has rank 0.
+// slot that is not in the tables has rank 0 and no DoRA. DoRA's c − 1 is the first row of b's page columns[slot], if not negative.
 struct Routed {
   const long long* order;                         // [m]
   const int *tiles, *offsets, *slots, *ranks;     // [count, 3]; [m + 1]; [entries]; [adapters]
-  const int* columns;                             // [adapters]: the page of b whose first row is DoRA's c − 1, negative
-  Matrix table;                                   // where there is none; null: none has. table: int [adapters, pages]
+  const int* columns;                             // null or [adapters]
+  Matrix table;                                   // int [adapters, pages]
   long long m, count, entries, adapters, pages;
 };
 
