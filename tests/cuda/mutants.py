@@ -74,8 +74,9 @@ def run(tests, kernels, *choice):
 
 def judge(file, old, new):
     """(which part of the tests sees the mutant or None, how)."""
-    own = TESTS / f"test_{Path(file).stem}.py"
-    tests = [own.name] if own.exists() else [f"test_{source.stem}.py" for source in sorted(KERNELS.glob("*.cu"))]
+    stems = [Path(file).stem] if file.endswith(".cu") else [source.stem for source in sorted(KERNELS.glob("*.cu"))]
+    tests = [f"test_{stem}{more}.py" for stem in stems for more in ("", "_dora")]
+    tests = [name for name in tests if (TESTS / name).exists()]
     with tempfile.TemporaryDirectory() as folder:
         kernels = Path(folder) / "kernels"
         shutil.copytree(KERNELS, kernels)

@@ -3,9 +3,10 @@
 from harness import set_matrix
 
 
-def set_route(routed, route, table, ranks):
+def set_route(routed, route, table, ranks, columns=None):
     """Fills a struct Routed from a fastlora.Route and the tables of its pages; the tensors to declare, by name."""
     tensors = {name: getattr(route, name) for name in ("order", "tiles", "offsets", "slots")} | dict(ranks=ranks)
+    tensors |= {} if columns is None else dict(columns=columns)
     for name, t in tensors.items():
         setattr(routed, name, t.data_ptr())
     set_matrix(routed.table, table)

@@ -10,7 +10,6 @@ from harness import DEVICE, assert_close, set_matrix
 from routes import set_pages, set_route
 from test_routed_shrink import MIXED, Case
 
-import fastlora
 from fastlora.ops.routed import lora_routed_forward_reference
 
 SCHEDULES = {"plain": (0, 1, 2, 3), "checked": (0, 3), "gpu": (0, 1)}
@@ -27,20 +26,30 @@ class Problem(shrink.Problem):
         self.scales = (scales.log2().round().exp2() if case.exact else scales).to(DEVICE)
         # NaN beyond a rank: what is no rank row is not read
         self.z = self.empty(len(self.route.slots), k * 8 * self.pages, dtype=torch.float32)
+        self.bias = self.fill(self.empty(n)) if case.bias else None
         self.y, self.size = self.before.double(), self.before.double().abs()
+        # what y was before its bias, and what that can be off by
+        base, off = self.y.clone(), self.size.clone()
+        if case.bias:
+            base, off = base - self.bias.double(), off + self.bias.double().abs()
         entry = 0
         for token, entries in enumerate(case.lists):
             for slot, gate in entries:
-                column = 0
-                for i, width in enumerate(case.slices if slot < len(case.ranks) else ()):
+                column, known = 0, slot < len(case.ranks)
+                if known:
+                    self.y[token] += gate * self.d[slot] * base[token]
+                    self.size[token] += (gate * self.d[slot]).abs() * off[token]
+                for i, width in enumerate(case.slices if known else ()):
                     z, r = self.z[entry, i * 8 * self.pages :][: case.ranks[slot]], slice(column, column + width)
                     self.fill(z)
                     if case.cancel:
                         z[len(z) // 2 :], half = z[: len(z) // 2], len(z) // 2
                         self.cancelled(slot, half)
                     gated = (z * (torch.tensor(gate) * self.scales[slot])).to(case.dtype).double()
-                    self.y[token, r] += gated @ self.b[slot][:, r]
-                    self.size[token, r] += gated.abs() @ self.b[slot][:, r].abs()
+                    # b is rounded once more where it is multiplied by c
+                    b = (self.b[slot].float() * (1 + self.d[slot].float()))[:, r].to(case.dtype).double()
+                    self.y[token, r] += gated @ b
+                    self.size[token, r] += gated.abs() @ b.abs()
                     column += width
                 entry += 1
 
@@ -54,15 +63,16 @@ class Problem(shrink.Problem):
         p, step = library.structs["Routed_expandParams"](), self.B.stride(0)
         set_matrix(p.y, y)
         set_matrix(p.z, self.z)
-        set_route(p.route, self.route, self.table, self.ranks)
+        set_route(p.route, self.route, self.table, self.ranks, self.columns)
         set_pages(p.b, self.B, step * 8, 0, step)
         p.gates, p.scales = self.route.gates.data_ptr(), self.scales.data_ptr()
+        p.bias = None if self.bias is None else self.bias.data_ptr()
         p.columns[: len(self.case.slices)] = self.case.slices
         p.count, p.type = len(self.case.slices), self.type(library)
         return p
 
     def tensors(self, y):
-        given = dict(z=self.z, b=self.B, gates=self.route.gates, scales=self.scales)
+        given = dict(z=self.z, b=self.B, gates=self.route.gates, scales=self.scales, bias=self.bias)
         return self.inputs() | {name: (t, 0) for name, t in given.items()} | {"y": (y, 1)}
 
     def run(self, library, schedule):
@@ -90,6 +100,17 @@ CASES = [
     Case(MIXED, pad=3, slices=(67,), name="padded rows off the grid"),
     Case(MIXED, pad=5, slices=(67,), name="padded rows on the grid"),
     Case([[(3, 1.0)], [(9, 1.0)]], name="no ranks"),
+    replace(SMALLEST, dora=(0,), name="DoRA, smallest"),
+    # a list with and without, one slot twice, one of rank 0, one that is not there
+    Case([*MIXED[:4], [(3, 0.5)]], dora=(0, 2, 3), slices=(72,), bias=True, name="DoRA"),
+    Case(
+        [*([(4, 0.5 + i % 2)] for i in range(17)), [(5, -2.0), (4, 0.5)]],
+        slices=(16, 67),
+        dtype=torch.float16,
+        dora=(4,),
+        name="DoRA, gates of its tokens",
+    ),
+    Case(MIXED[:4], dora=(0, 4), shift=1, pad=2, slices=(264,), bias=True, name="DoRA off the grid"),
 ]
 CANCEL = Case([[(4, 1.0)]] * 17, cancel=True, name="halves cancel")
 
@@ -106,21 +127,25 @@ def test_routed_expand(case, mode):
         assert torch.equal(y.view(torch.int16), first.view(torch.int16)), f"schedule {schedule} gives other bits"
 
 
+def reference(problem, dtype):
+    """(y, z) of lora_routed's reference, which is given the same pages and route."""
+    case, route = problem.case, problem.route
+    A = problem.A.to(dtype).view(-1, len(case.slices), 8, case.k)
+    columns = torch.full_like(problem.ranks, -1) if problem.columns is None else problem.columns
+    pages = A, problem.B.to(dtype).view(-1, 8, sum(case.slices)), problem.table, problem.ranks, problem.scales, columns
+    x, weight, bias = (None if t is None else t.to(dtype) for t in (problem.x, problem.weight, problem.bias))
+    given = x, weight, [], [], torch.ones((), device=DEVICE), bias, route.tensors, route.gates, [], case.slices, pages
+    return lora_routed_forward_reference(*given)
+
+
 @pytest.mark.parametrize("slices", [(40,), (24, 8, 40)], ids=str)
 def test_both_halves_are_the_op(slices):
-    """The shrink's z through the expand, against lora_routed's reference, which is given the same pages and route."""
+    """The shrink's z through the expand, against lora_routed's reference."""
     case, library = Case(MIXED[:3] * 7, 100, slices=slices, splits=2), harness.library()
     problem = Problem(case)
-    problem.z = shrink.Problem(case).run(library, 3)
+    problem.z, problem.weight = shrink.Problem(case).run(library, 3), torch.zeros(sum(slices), 100, device=DEVICE)
     y = problem.run(library, 3)
-    A, B = problem.A.view(-1, len(slices), 8, 100), problem.B.view(-1, 8, sum(slices))
-    columns = torch.full((len(case.ranks),), -1, dtype=torch.int32, device=DEVICE)
-    pages = fastlora.Pages(A.double(), B.double(), problem.table, problem.ranks, problem.scales.double(), columns)
-    x, route = problem.x.double(), problem.route
-    weight = torch.zeros(sum(slices), 100, dtype=torch.float64, device=DEVICE)
-    gates, pages = route.gates.double(), list(pages[:6])
-    given = (x, weight, [], [], torch.tensor(1.0), None, route.tensors, gates, [], slices, pages)
-    update, z = lora_routed_forward_reference(*given)
+    update, z = reference(problem, torch.float64)
     assert_close(problem.z, z, z.abs() + 30, False)
     truth = problem.before.double() + update
     # z is rounded to bf16, y as well
@@ -131,7 +156,7 @@ def test_both_halves_are_the_op(slices):
 @pytest.mark.skipif(harness.DEVICE != "cpu", reason="reserves memory of the host")
 @pytest.mark.parametrize("name", ["y", "B", "z"])
 def test_far_apart(name):
-    problem, library = Problem(Case([[(0, 1.0), (1, 1.0)]] * 3, ranks=(8, 16))), harness.library()
+    problem, library = Problem(Case([[(0, 1.0), (1, 1.0)]] * 11, ranks=(8, 16), dora=(0, 1))), harness.library()
     tensors = dict(y=problem.before, B=problem.B, z=problem.z)
     tensors[name] = shrink.far(tensors[name])
     problem.B, problem.z = tensors["B"], tensors["z"]
@@ -142,8 +167,9 @@ def test_far_apart(name):
 @pytest.mark.parametrize("slot", [-1, 1, 2**31 - 1])
 def test_what_the_tables_do_not_hold(slot):
     """A slot that is not in them has no rank, a rank beyond them is cut off: their neighbours are not read."""
-    problem = Problem(Case([[(0, 1.0), (9, 1.0)], [(0, 2.0)]], ranks=(40,)))
+    problem = Problem(Case([[(0, 1.0), (9, 1.0)], [(0, 2.0)]], ranks=(40,), dora=(0,)))
     problem.route.slots[1] = slot
+    problem.columns = problem.columns.repeat(3)[1:2]
     problem.ranks = torch.tensor([8, 60, 8], dtype=torch.int32, device=DEVICE)[1:2]
     problem.table = torch.cat([0 * problem.table, problem.table, 0 * problem.table])[1:2]
     assert_close(problem.run(harness.library(), 1), problem.y, problem.size, False)
@@ -156,6 +182,8 @@ REFUSALS = [
     ("NULL", "gates", None),
     ("NULL", "scales", None),
     ("NULL", "route.tiles", None),
+    ("MISALIGNED", "bias", lambda v: v + 1),
+    ("MISALIGNED", "route.columns", lambda v: v + 2),
     ("MISALIGNED", "y.data", lambda v: v + 1),
     ("MISALIGNED", "z.data", lambda v: v + 2),
     ("MISALIGNED", "gates", lambda v: v + 2),
@@ -163,6 +191,8 @@ REFUSALS = [
     ("FOREIGN", "z.data", "foreign"),
     ("FOREIGN", "b.data", "foreign"),
     ("FOREIGN", "scales", "foreign"),
+    ("FOREIGN", "bias", "foreign"),
+    ("FOREIGN", "route.columns", "foreign"),
     ("FOREIGN", "route.ranks", "foreign"),
     pytest.param("FOREIGN", "gates", "elsewhere", marks=harness.ON_THE_HOST),
     ("SHAPE", "route.m", -1),
@@ -180,7 +210,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize("status, path, value", REFUSALS)
 def test_refusals(status, path, value):
-    library, problem = harness.library(), Problem(Case(MIXED, slices=(16, 24)))
+    library, problem = harness.library(), Problem(Case(MIXED, slices=(16, 24), dora=(0,), bias=True))
     y = problem.before.clone()
     params = problem.params(library, y)
     library.declare(problem.tensors(y))

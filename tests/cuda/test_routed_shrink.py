@@ -27,6 +27,8 @@ class Case:
     cancel: bool = False
     shift: int = 0  # elements off the grid of 64 bytes
     pad: int = 0  # elements between rows
+    dora: tuple = ()  # slots that have it
+    bias: bool = False
     room: bool = False  # in buffers for more entries and tiles
     name: str = ""
 
@@ -56,6 +58,11 @@ class Problem:
                 self.b[slot][row] = self.fill(self.B[page * 8 + row % 8])
                 for i in range(k):
                     self.a[slot][i, row] = self.fill(self.A[(page * k + i) * 8 + row % 8])
+        self.d = torch.zeros(len(case.ranks), n, dtype=torch.float64, device=DEVICE)
+        self.columns = torch.full((len(case.ranks),), -1, dtype=torch.int32, device=DEVICE) if case.dora else None
+        for slot in case.dora:
+            self.columns[slot] = page = free.pop()
+            self.d[slot] = self.fill(self.B[page * 8])
         if case.cancel:
             # The second half of K undoes the first: what is left is rounding, and shows the order of the sum.
             half = case.k // 2
@@ -95,7 +102,8 @@ class Problem:
     def inputs(self):
         route = self.route
         named = dict(order=route.order, tiles=route.tiles, offsets=route.offsets, slots=route.slots)
-        return {name: (t, 0) for name, t in (named | dict(table=self.table, ranks=self.ranks)).items()}
+        named |= dict(table=self.table, ranks=self.ranks, columns=self.columns)
+        return {name: (t, 0) for name, t in named.items()}
 
     def workspace(self, library):
         """(parts, counters): as large as params.h says, and the counters zero."""
@@ -110,7 +118,7 @@ class Problem:
         set_matrix(p.x, self.x)
         set_matrix(p.z, z)
         step = self.A.stride(0)
-        set_route(p.route, self.route, self.table, self.ranks)
+        set_route(p.route, self.route, self.table, self.ranks, self.columns)
         set_pages(p.a, self.A, step * 8 * len(case.slices), step * 8, step)
         p.partial, p.partials = parts.data_ptr(), parts.numel()
         p.arrived, p.counters = counters.data_ptr(), counters.numel()

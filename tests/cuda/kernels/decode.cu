@@ -1,5 +1,5 @@
 // y = c ⊙ (x w + Σ adapters) + bias for few tokens, in one launch. w's rows are the mma's M side, the tokens its N side.
-// K is split; as the update is linear in z, each split applies b to its own part of z and waits for nobody.
+// K is split; as y is linear in z and in x w, each split applies b, and DoRA, to its own part of both and waits for nobody.
 #include "reduce.cuh"
 #include "routed.cuh"
 
@@ -19,16 +19,19 @@ template <class T> struct alignas(128) Table {
 };
 
 // Fills in the rows of a and b, and the factors, of the pieces from number `skip` on, in the order of tiles and lists;
-// how many there are. A thread has a tile, then a rank row and a token of a piece.
-template <class T> DEVICE int route(const DecodeParams& p, Table<T>& table, int skip, int a_row) {
+// how many there are, and whether any adapter is DoRA's. A thread has a tile, then a rank row and a token of a piece.
+template <class T> DEVICE int route(const DecodeParams& p, Table<T>& table, int skip, int a_row, bool& dora) {
   const Routed& r = p.route;
   const int thread = threadIdx.x, *tile = r.tiles + 3 * thread, length = thread < r.count && tile[1] > 0 ? tile[2] : 0;
   const int* slots = r.slots + (length ? r.offsets[r.order[tile[0]]] : 0);
   int mine = 0, before = -skip, all = -skip;
-  for (int i = 0; i < length; i++) mine += int(cdiv(rank_of(r, slots[i]), 16));
+  for (int i = 0; i < length; i++) {
+    mine += int(cdiv(rank_of(r, slots[i]), 16));
+    dora = dora || dora_row<T>(p.b_pages, r, slots[i], 0);
+  }
   table.counts[thread] = mine;
   for (int i = 0; i < PIECES; i++) if (thread < TOKENS) table.factors[i][thread] = 0.f;
-  __syncthreads();
+  dora = __syncthreads_or(dora);
   for (int i = 0; i < r.count; i++) all += table.counts[i], before += i < thread ? table.counts[i] : 0;
   for (int i = 0; i < length; i++)
     for (int row = 0, rank = rank_of(r, slots[i]); row < rank; row += 16, before++)
@@ -51,6 +54,28 @@ template <class T> DEVICE int route(const DecodeParams& p, Table<T>& table, int 
   return all;
 }
 
+// c − 1 of two columns of a part, those of a thread's accumulators; 0 without DoRA and beyond the part.
+template <class T> DEVICE Vector<float, 2> dora_of(const DecodeParams& p, const Part& part, int slot, int column) {
+  const T* row = dora_row<T>(p.b_pages, p.route, slot, part.column);
+  Vector<float, 2> d = {};
+  UNROLL for (int i = 0; i < 2; i++) if (row && column + i * 8 < part.columns) d.v[i] = float(row[column + i * 8]);
+  return d;
+}
+
+// A split's part of x w, before any update is there, times 1 + Σ gate · (c − 1) of each token's own list.
+template <class T> DEVICE void scale_base(const DecodeParams& p, const Part& part, int column, Accumulator& acc) {
+  UNROLL for (int i = 0; i < TILES * 2; i++) {
+    const int row = i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    if (row >= p.m) continue;
+    float scale[2] = {1.f, 1.f};
+    for (int entry = p.route.offsets[row]; entry < p.route.offsets[row + 1]; entry++) {
+      const Vector<float, 2> d = dora_of<T>(p, part, p.route.slots[entry], column);
+      UNROLL for (int half = 0; half < 2; half++) scale[half] += p.gates[entry] * d.v[half];
+    }
+    UNROLL for (int half = 0; half < 2; half++) acc[i / 2].v[half * 2 + i % 2] *= scale[half];
+  }
+}
+
 template <class T>
 static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_constant__ DecodeParams p) {
   SHARED_DYNAMIC(memory);
@@ -68,7 +93,8 @@ static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_
   Accumulator acc = {};
   ROLLED for (int rank0 = 0, left = begin < end; left > 0; rank0 += RANKS, left -= PIECES) {
     __syncthreads();  // nobody is in the pass before any more
-    left = routed ? route(p, table, rank0 / 16, a_row) : int(cdiv(ranks - rank0, 16));
+    bool dora = false;
+    left = routed ? route(p, table, rank0 / 16, a_row, dora) : int(cdiv(ranks - rank0, 16));
     for (int i = 0; i < PIECES && !routed && thread < RANKS; i++) {
       table.rows[a_row + thread] = rank0 + thread < ranks ? at<T>(part.m, rank0 + thread, 0) : nullptr;
       table.rows[a_row + RANKS + thread] = n0 + thread < columns ? at<T>(p.b[blockIdx.y], n0 + thread, 0) : nullptr;
@@ -108,6 +134,8 @@ static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_
         }
       }
     }
+    const int own = n0 + warp * 16 + lane / 4;  // and own + 8: the columns of the thread's accumulators
+    if (dora && !rank0) scale_base<T>(p, part, own, acc);
     if (pieces <= 0) break;
     copy_async_wait<STAGES - 2>();
     // z lies where x's rows would, and in the next stage what is left of it by rounding: a split's z may be much larger than
@@ -128,6 +156,7 @@ static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_
     __syncthreads();
     ROLLED for (int i = 0; i < pieces; i++) {
       uint32_t b[4], high[4], low[4];
+      const Vector<float, 2> d = dora ? dora_of<T>(p, part, table.pieces[i].slot, own) : Vector<float, 2>{};
       const int row = i * 16 + lane / 16 * 8 + lane % 8;
       if (routed) ldmatrix_trans(b, stage + swizzle<CHUNKS>(row, warp * 2 + lane / 8 % 2));
       else ldmatrix(b, stage + swizzle<CHUNKS>(warp * 16 + lane % 16, i * 2 + lane / 16));
@@ -141,7 +170,7 @@ static __global__ void __launch_bounds__(THREADS, 3) decode_kernel(const __grid_
         UNROLL for (int e = 0; e < 8; e++) {
           // Not a product with 0: what another token's adapter gives may be infinite.
           const float factor = table.factors[i][(j + e / 4) * 8 + lane % 4 * 2 + e % 2];
-          acc[j + e / 4].v[e % 4] += factor != 0.f ? factor * update[e / 4].v[e % 4] : 0.f;
+          acc[j + e / 4].v[e % 4] += factor != 0.f ? factor * (1.f + d.v[e % 4 / 2]) * update[e / 4].v[e % 4] : 0.f;
         }
       }
     }

@@ -41,16 +41,17 @@ struct ShrinkParams {
 // Rank row r of slot s: row r % 8 of page table[s, r / 8]. Elements from one page, slice of y's columns, row to the next.
 struct Pages { void* data; long long page, slice, row; };
 // Which adapters each token uses: the tensors of a Route and of Pages (fastlora/ops/route.py). They are trusted, but a
-// slot that is not in the tables has rank 0.
+// slot that is not in the tables has rank 0 and no DoRA. DoRA's c − 1 is the first row of b's page columns[slot], if not negative.
 struct Routed {
   const long long* order;                         // [m]
   const int *tiles, *offsets, *slots, *ranks;     // [count, 3]; [m + 1]; [entries]; [adapters]
+  const int* columns;                             // null or [adapters]
   Matrix table;                                   // int [adapters, pages]
   long long m, count, entries, adapters, pages;
 };
 
 // y = c ⊙ (x w + zg b) + bias for at most 64 tokens, zg as in the shrink; with a route each token's own adapters:
-// c ⊙ (x w + Σ gate · scales[slot] · z b) + bias, g and scale not used.
+// c ⊙ (x w + Σ gate (d ⊙ x w + (1 + d) ⊙ scales[slot] · z b)) + bias, d the slot's c − 1 or 0; g and scale not used.
 struct DecodeParams {
   Matrix x, w, y, g;          // [m, k]; [n, k]; [m, n]; null or fp32 [m, ranks], stride 0 for one row
   const void* bias;           // null or [n] in x's type
@@ -133,11 +134,13 @@ struct Routed_shrinkParams {
   int type, splits;
 };
 
-// y[token] += Σ gate · scale · z[entry] b over its slots, in place; a token without any keeps its bits.
+// y[token] += Σ gate (d ⊙ (y[token] − bias) + (1 + d) ⊙ scale · z[entry] b) over its slots, in place, d as in decode; a
+// token without any keeps its bits.
 struct Routed_expandParams {
   Matrix y, z;                        // [m, columns of all slices]; as the shrink leaves it
   Pages b;                            // rows of y's columns, all slices side by side
   Routed route;
+  const void* bias;                   // null or [columns of all slices] in y's type, what y has beside x w: for DoRA alone
   const float *gates, *scales;        // [entries]; [adapters]
   long long columns[FASTLORA_PARTS];  // of each slice
   int count, type;

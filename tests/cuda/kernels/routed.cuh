@@ -21,6 +21,11 @@ DEVICE int rank_of(const Routed& route, int slot) {
 template <class T> DEVICE const T* rank_row(const Pages& pages, const Routed& route, int slot, int slice, int row) {
   return static_cast<const T*>(pages.data) + *at<int>(route.table, slot, row / 8) * pages.page + slice * pages.slice + row % 8 * pages.row;
 }
+// Column `column` of a slot's c − 1, or null where it is no DoRA: as everywhere, the device decides, so a graph may be replayed.
+template <class T> DEVICE const T* dora_row(const Pages& b, const Routed& route, int slot, long long column) {
+  const int page = route.columns && slot >= 0 && slot < route.adapters ? route.columns[slot] : -1;
+  return page < 0 ? nullptr : static_cast<const T*>(b.data) + page * b.page + column;
+}
 // Whether any token may have an adapter.
 __host__ __device__ inline bool routes(const Routed& r) { return r.m && r.count && r.entries && r.pages; }
 
@@ -37,6 +42,7 @@ static bool check_route(Check& check, const Routed& r, const Pages& pages, long 
   check.pointer(r.order, sizeof *r.order);
   for (const int* p : {r.tiles, r.offsets, r.slots}) check.pointer(p, sizeof *p);
   if (r.adapters) check.pointer(r.ranks, sizeof *r.ranks);
+  if (r.columns) check.pointer(r.columns, sizeof *r.columns);
   check.matrix(r.table, r.adapters, r.pages, 4);
   return true;
 }
