@@ -202,17 +202,18 @@ RoutedForward routed(const Tensor& given, const Tensor& weight, const MaybeTenso
   const auto k = static_cast<int64_t>(widths.size()), tiles = route[3].size(0);
   Launch launch(x);
   Routed r{launch.as<const long long>(route[2]), launch.as<const int>(route[3]), launch.as<const int>(route[0]),
-           launch.as<const int>(route[1]), launch.as<const int>(pages[3]), launch.rows(pages[2]),
-           M, tiles, entries, pages[2].size(0), most};
+           launch.as<const int>(route[1]), launch.as<const int>(pages[3]), launch.as<const int>(pages[5]),
+           launch.rows(pages[2]), M, tiles, entries, pages[2].size(0), most};
   const Pages a{launch.at(A), A.stride(0), A.stride(1), A.stride(2)}, b{launch.at(B), B.stride(0), 0, B.stride(1)};
   const auto *gate = launch.as<float>(g), *scales = launch.as<float>(pages[4]);
+  const void* row = bias ? launch.at(launch.bias = bias->contiguous()) : nullptr;
   if (!want_z && M <= (launch.large() ? 64 : 48) && tiles <= 128 && has_rows(weight)) {
     const auto y = at::empty({M, N}, x.options());
     DecodeParams p{};
     p.x = launch.rows(x), p.w = launch.rows(weight), p.y = launch.rows(y), p.m = M, p.n = N, p.k = K;
     for (int64_t i = 0, column = 0; i < k; column += widths[i++]) p.parts[i] = {{}, 0, 0, column, widths[i]};
     p.count = k, p.route = r, p.a_pages = a, p.b_pages = b, p.gates = gate, p.scales = scales;
-    if (bias) p.bias = launch.at(launch.bias = bias->contiguous());
+    p.bias = row;
     const auto widest = *std::max_element(widths.begin(), widths.end());
     launch.split(p, 3, library.fastlora_decode_counters(k, widest), K, FASTLORA_TILE, x);
     launch(library.launch_decode, p, x.scalar_type());
@@ -224,7 +225,7 @@ RoutedForward routed(const Tensor& given, const Tensor& weight, const MaybeTenso
   s.k = K, s.slices = k;
   launch.split(s, 8, entries * k * at::ceil_div<int64_t>(most, 4), K, FASTLORA_ROUTED_TILE, x);
   launch(library.launch_routed_shrink, s, x.scalar_type());
-  Routed_expandParams e{launch.rows(y), launch.rows(z), b, r, gate, scales};
+  Routed_expandParams e{launch.rows(y), launch.rows(z), b, r, row, gate, scales};
   std::copy(widths.begin(), widths.end(), e.columns), e.count = k;
   launch(library.launch_routed_expand, e, x.scalar_type());
   return {y.reshape(with_last(given.sizes(), N)), z};

@@ -10,7 +10,7 @@ LISTS = [[(0, 0.5), (2, 2.0)], [(1, 1.0)], [], [(2, -1.0), (0, 0.5)], [(3, 1.0),
 RANKS = (8, 3, 17, 0)
 
 
-def arguments(tokens=20, k=72, widths=(40,), dtype=torch.bfloat16, seed=0):
+def arguments(tokens=20, k=72, widths=(40,), dtype=torch.bfloat16, dora=False, seed=0):
     """(x, weight, bias, pages) of -1, 0 and 1: every sum is exact, in any order. The pages lie in no order."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -23,8 +23,10 @@ def arguments(tokens=20, k=72, widths=(40,), dtype=torch.bfloat16, seed=0):
     table = torch.full((len(RANKS), max(need)), -1, dtype=torch.int32)
     for slot, count in enumerate(need):
         table[slot, :count] = torch.tensor([free.pop() for _ in range(count)])
-    scales, none = torch.tensor([0.5, 1.0, 2.0, 1.0]), torch.full((len(RANKS),), -1, dtype=torch.int32)
-    pages = Pages(A, B, table, torch.tensor(RANKS, dtype=torch.int32), scales, none)
+    scales, columns = torch.tensor([0.5, 1.0, 2.0, 1.0]), torch.full((len(RANKS),), -1, dtype=torch.int32)
+    if dora:
+        columns[2] = free.pop()
+    pages = Pages(A, B, table, torch.tensor(RANKS, dtype=torch.int32), scales, columns)
     return draw(tokens, k), draw(sum(widths), k), draw(sum(widths)), pages
 
 
@@ -55,6 +57,7 @@ CASES = {
     "one token": dict(tokens=1),
     "slices": dict(widths=(24, 8, 40)),
     "split along K": dict(k=1100),
+    "DoRA": dict(dora=True, widths=(24, 40)),
 }
 
 
