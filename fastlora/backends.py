@@ -61,11 +61,23 @@ def gpu_form(op, args):
         return None
     x = args[op in ("lora_linear_backward", "lora_shrink_backward")]
     sizes = [x.shape[:-1].numel(), *(n for t in tree_leaves(args) if isinstance(t, torch.Tensor) for n in t.shape)]
-    why = cuda_missing()
+    why = cuda_missing() or _lies_otherwise(op, x, args)
     if not why:
         major, minor = torch.cuda.get_device_capability(x.device)
         why = module.cuda_objection(row, sizes, x.dtype in (torch.bfloat16, torch.float16), 10 * major + minor, None)
     return f"composed of ATen calls; {why}" if why else f"CUDA C++: {row[1]}"
+
+
+def _lies_otherwise(op, x, args):
+    """Why the CUDA kernels do not read these tensors, or None; csrc/cuda.cpp decides."""
+    weight = {"lora_linear_forward": 1, "lora_linear_backward": 2}.get(op)
+    if weight and 1 not in args[weight].stride():
+        return "weight: neither rows nor columns lie together"
+    if op == "lora_routed_forward":
+        A, pages = args[2], args[10]
+        if A or not pages or any(t.dtype != x.dtype or t.stride(-1) != 1 for t in pages[:2]):
+            return "the kernels read adapters from pages of x's type, whose rank rows lie together"
+    return None if x.numel() else "x is empty"
 
 
 def _triton(op):

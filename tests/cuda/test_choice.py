@@ -63,8 +63,8 @@ def test_a_wrong_form():
         native.pin_gpu("fast")
 
 
-def explained(monkeypatch, missing, form):
-    """What explain says of a call on a GPU, which is a fake one."""
+def explained(monkeypatch, missing, form, m=4, steps=(64, 1)):
+    """What explain says of a call on a GPU, which is a fake one; `steps`: strides of the weight."""
     monkeypatch.setattr(backends, "cuda_missing", lambda: missing)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     real = backends.objection
@@ -72,8 +72,9 @@ def explained(monkeypatch, missing, form):
     native.pin_gpu(form)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            given = [torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in ((4, 64), (32, 64), (8, 64), (32, 8))]
-            return str(fastlora.explain(lora_linear, *given))
+            options = dict(dtype=torch.bfloat16, device="cuda")
+            x, A, B = (torch.empty(shape, **options) for shape in ((m, 64), (8, 64), (32, 8)))
+            return str(fastlora.explain(lora_linear, x, torch.empty_strided((32, 64), steps, **options), A, B))
     finally:
         native.pin_gpu("")
 
@@ -90,6 +91,29 @@ def explained(monkeypatch, missing, form):
 def test_explain_says_which_form_and_why(monkeypatch, missing, form, sentence):
     said = explained(monkeypatch, missing, form)
     assert said.startswith("lora_linear: native\n") and sentence in said
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(steps=(1, 32)), "native: CUDA C++"),
+        (dict(steps=(128, 2)), "composed of ATen calls; weight: neither rows nor columns lie together"),
+        (dict(m=0), "composed of ATen calls; x is empty"),
+    ],
+)
+def test_explain_knows_the_layouts(monkeypatch, options, sentence):
+    assert sentence in explained(monkeypatch, None, "kernels", **options)
+
+
+def test_explain_knows_which_adapters_a_route_may_have():
+    x, A, B = torch.ones(4, 64), torch.ones(1, 1, 8, 64), torch.ones(1, 8, 32)
+
+    def said(adapters, *pages):
+        return backends._lies_otherwise("lora_routed_forward", x, [x, x, adapters, *[None] * 7, pages])
+
+    assert said([], A, B) is None
+    for given in (([A], A, B), ([],), ([], A.double(), B), ([], A, B.transpose(1, 2))):
+        assert "pages of x's type" in said(*given)
 
 
 def test_explain_on_a_cpu_says_nothing_of_it():

@@ -11,7 +11,8 @@ import sys
 import harness
 import pytest
 
-pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+# test_ptx.py compiles the same sources among the quick tests
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")]
 
 
 @pytest.fixture(scope="module")
