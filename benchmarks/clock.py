@@ -87,7 +87,7 @@ def _sample(call, repeats):
 
 def time_cuda(calls, copies, rounds=30, graphs=True):
     """As time_cpu, of CUDA graphs: {method: callable that runs the layer once on each of `copies` sets of weights}."""
-    runs = {method: _replay(method, call) if graphs else call for method, call in calls.items()}
+    runs = {method: _capture(call).replay if graphs else call for method, call in calls.items()}
     timing = Timing({m: [] for m in calls}, copies, dict.fromkeys(calls, 0))
     order, shuffle = list(calls), random.Random(0).shuffle
     for _ in range(rounds):
@@ -101,15 +101,6 @@ def time_cuda(calls, copies, rounds=30, graphs=True):
             end.synchronize()
             timing.seconds[method].append(start.elapsed_time(end) / 1e3 / copies)
     return timing
-
-
-def _replay(method, call):
-    """The call as a graph; as it is where it reads on the host, as a route composed of ATen calls does."""
-    try:
-        return _capture(call).replay
-    except RuntimeError as error:
-        print(f"{method} is timed without a graph: {str(error).splitlines()[0]}", flush=True)
-        return call
 
 
 def _capture(call):

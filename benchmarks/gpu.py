@@ -22,12 +22,7 @@ CALLS[gpu_model.ModelCase] = gpu_model.calls
 PARTS = (*gpu_layers.PARTS, "model")
 STATUS = Path(__file__).parents[1] / "docs" / "gpu-status.md"
 # Which ops of docs/gpu-status.md a part's rows speak of.
-OPS = {
-    "linear": ("lora_linear_forward",),
-    "decode": ("lora_linear_forward",),
-    "backward": ("lora_linear_backward",),
-    "routed": ("lora_routed_forward",),
-}
+OPS = {"linear": ("lora_linear_forward",), "decode": ("lora_linear_forward",), "backward": ("lora_linear_backward",)}
 
 
 def main(argv=None):

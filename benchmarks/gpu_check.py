@@ -123,7 +123,7 @@ def _routed(size, dtype, device):
     r, gates = -(-r // 8) * 8, torch.zeros(m, 5)
     shapes = dict(x=(m, k), weight=(n, k), lora_A=(5, r, k), lora_B=(5, n, r), bias=(n,))
     given = {name: (torch.randn(shape) / shape[-1] ** 0.5).to(device, dtype) for name, shape in shapes.items()}
-    lists = [[((t + i) % 5, 0.5 + i) for i in range(t % 4)] for t in range(m)]
+    lists = [[((t + i) % 5, 0.5 + i) for i in range((t + 1) % 4)] for t in range(m)]
     for token, entries in enumerate(lists):
         for slot, gate in entries:
             gates[token, slot] = gate

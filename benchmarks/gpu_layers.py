@@ -37,6 +37,11 @@ class GpuCase:
         return "training" if self.part == "backward" else "forward"
 
     @property
+    def graphs(self):
+        """The composed form of a route reads it on the host: without it, among few tokens, all are graphs."""
+        return self.part != "routed" or self.m <= 64
+
+    @property
     def name(self):
         several = f"/e{self.adapters}" if self.adapters > 1 else ""
         return f"gpu/{self.part}/{self.k}x{self.n}/{self.dtype}/m{self.m}/r{self.r}{several}"
@@ -70,7 +75,8 @@ def cases(part, tiny=False):
 
 
 def methods(case):
-    return [*METHODS, *OTHERS[case.part]]
+    ours = [m for m in METHODS if m != "fastlora" or case.part != "routed" or not case.graphs]
+    return [*ours, *OTHERS[case.part]]
 
 
 def calls(case, device, wanted):

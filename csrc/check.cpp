@@ -66,8 +66,11 @@ bool routed(FASTLORA_ROUTED_ARGS) {
   const Plan plan(route);
   const auto* end = plan.slots + plan.bounds[plan.G];
   if (plan.slots != end && *std::max_element(plan.slots, end) >= paged(pages) + E) return false;
-  if (pages.empty()) return true;
+  if (pages.empty() || pages[2].dim() != 2) return pages.empty();
   const auto &A = pages[0], &B = pages[1];
+  for (int i : {2, 3, 4, 5})
+    if (pages[i].scalar_type() != (i == 4 ? at::kFloat : at::kInt) || !pages[i].is_contiguous() ||
+        pages[i].device() != x.device() || pages[i].sizes() != pages[2].sizes().slice(0, i == 2 ? 2 : 1)) return false;
   return A.sizes() == IntArrayRef({A.size(0), k, 8, in}) && B.sizes() == IntArrayRef({A.size(0), 8, out}) &&
          A.device() == x.device();
 }

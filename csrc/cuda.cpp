@@ -191,7 +191,7 @@ const Products products = {project, outer, product, project_outer};
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList pages) {
   const auto lies = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type() && t.stride(-1) == 1; };
   return lora_A.empty() && !pages.empty() && lies(pages[0]) && lies(pages[1]) && pages[0].size(1) <= FASTLORA_PARTS &&
-         takes("lora_routed_forward", x);
+         pages[2].size(1) && takes("lora_routed_forward", x);
 }
 
 RoutedForward routed(const Tensor& given, const Tensor& weight, const MaybeTensor& bias, TensorList route, const Tensor& gates,
@@ -212,8 +212,7 @@ RoutedForward routed(const Tensor& given, const Tensor& weight, const MaybeTenso
     DecodeParams p{};
     p.x = launch.rows(x), p.w = launch.rows(weight), p.y = launch.rows(y), p.m = M, p.n = N, p.k = K;
     for (int64_t i = 0, column = 0; i < k; column += widths[i++]) p.parts[i] = {{}, 0, 0, column, widths[i]};
-    p.count = k, p.route = r, p.a_pages = a, p.b_pages = b, p.gates = gate, p.scales = scales;
-    p.bias = row;
+    p.count = k, p.route = r, p.a_pages = a, p.b_pages = b, p.gates = gate, p.scales = scales, p.bias = row;
     const auto widest = *std::max_element(widths.begin(), widths.end());
     launch.split(p, 3, library.fastlora_decode_counters(k, widest), K, FASTLORA_TILE, x);
     launch(library.launch_decode, p, x.scalar_type());
@@ -222,8 +221,9 @@ RoutedForward routed(const Tensor& given, const Tensor& weight, const MaybeTenso
   const auto y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
   const auto z = at::empty({entries, k * 8 * most}, g.options());
   Routed_shrinkParams s{launch.rows(x), launch.rows(z), a, r};
-  s.k = K, s.slices = k;
-  launch.split(s, 8, entries * k * at::ceil_div<int64_t>(most, 4), K, FASTLORA_ROUTED_TILE, x);
+  s.k = K, s.slices = k, s.splits = int(std::clamp<int64_t>(K / 1024, 1, 4));   // by K alone: z does not depend on the batch
+  const int64_t counters = entries * k * at::ceil_div<int64_t>(most, 4);
+  if (s.splits > 1) launch.workspace(s, counters * s.splits * FASTLORA_ROUTED_TILE, counters, x);
   launch(library.launch_routed_shrink, s, x.scalar_type());
   Routed_expandParams e{launch.rows(y), launch.rows(z), b, r, row, gate, scales};
   std::copy(widths.begin(), widths.end(), e.columns), e.count = k;
@@ -245,6 +245,7 @@ std::string objection(const Status& status, const std::vector<int64_t>& sizes, b
 
 bool takes(const char* op, const Tensor& x) {
   static const bool ran = std::any_of(statuses.begin(), statuses.end(), [](const Status& s) { return std::get<2>(s); });
+  TORCH_CHECK(library.fastlora_device || pinned != "kernels" || !x.is_cuda(), "fastlora: FASTLORA_GPU=kernels: no library of them");
   if (!library.fastlora_device || (pinned.empty() && !ran) || !(x.is_cuda() || library.buffer) || !x.numel()) return false;
   const c10::DeviceGuard guard(x.device());
   int architecture = 0, multiprocessors = 0, status = library.fastlora_device(&architecture, &multiprocessors);

@@ -1,4 +1,4 @@
-// lora_routed on a CPU: the base product, then each thread takes some tokens through both halves of their adapters' update.
+// lora_routed. On a CPU: the base product, then each thread takes some tokens through both halves of their adapters' update.
 // No weight is gathered or padded; rows of x are, where a segment's tokens do not lie together. What our kernels do not
 // take, the reference computes.
 #include <ATen/ops/mm.h>
@@ -108,9 +108,6 @@ bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorL
 }
 
 RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
-  if (cuda::takes_routed(x, lora_A, pages)) return cuda::routed(x, weight, bias, route, gates, slices, pages, want_z);
-  if (!takes_routed(x, lora_A, lora_B, pages))
-    return call<"fastlora::lora_routed_forward", decltype(lora_routed_forward), "reference">(FASTLORA_ROUTED);
   const Rows rows(x);
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   const auto row = bias ? bias->contiguous() : Tensor();
@@ -191,8 +188,13 @@ std::optional<RoutedBackward> run_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
 
 namespace fastlora {
 
-Tensor lora_routed(FASTLORA_ROUTED_ARGS) { return std::get<0>(cpu::run_routed(FASTLORA_ROUTED, false)); }
-RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS) { return cpu::run_routed(FASTLORA_ROUTED, true); }
+static RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
+  if (cuda::takes_routed(x, lora_A, pages)) return cuda::routed(x, weight, bias, route, gates, slices, pages, want_z);
+  if (cpu::takes_routed(x, lora_A, lora_B, pages)) return cpu::run_routed(FASTLORA_ROUTED, want_z);
+  return call<"fastlora::lora_routed_forward", decltype(lora_routed_forward), "reference">(FASTLORA_ROUTED);
+}
+Tensor lora_routed(FASTLORA_ROUTED_ARGS) { return std::get<0>(run_routed(FASTLORA_ROUTED, false)); }
+RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS) { return run_routed(FASTLORA_ROUTED, true); }
 
 RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
   if (cpu::takes_routed(x, lora_A, lora_B, pages) && slices.empty())

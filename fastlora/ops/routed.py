@@ -89,9 +89,13 @@ def _uses(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages)
             yield tokens, entries, gates[entries, None].to(to), e, a, b, scale.to(to), None if d is None else d.to(to)
 
 
-def lora_routed_forward_reference(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
+def _refuse_capture(x):
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("fastlora: lora_routed: a captured graph would keep this batch's lists; pin 'triton'")
+
+
+def lora_routed_forward_reference(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
+    _refuse_capture(x)
     x2, widths = flat(x), list(slices) or [len(weight)]
     z = x2.new_zeros(len(gates), len(widths), _rank_rows(lora_B, pages), dtype=wide(x))
     v = F.linear(x2, weight).to(z.dtype)
@@ -110,6 +114,7 @@ def lora_routed_forward_reference(x, weight, lora_A, lora_B, scaling, bias, rout
 def lora_routed_backward_reference(
     dy, x, weight, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages, z, needs
 ):
+    _refuse_capture(x)
     need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates = needs
     x2, dy2, widths = flat(x), flat(dy).to(z.dtype), list(slices) or [len(weight)]
     z, wide_x = z.unflatten(1, (len(widths), z.shape[1] // len(widths))), x2.to(z.dtype)
@@ -170,6 +175,11 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale,
         fits = A.dim() == 4 and A.shape[1:] == (k, 8, n_in) and B.shape == (A.shape[0], 8, out)
         check.value(fits, "pages", f"A {tuple(A.shape)} and B {tuple(B.shape)}", f"(P, {k}, 8, in) and (P, 8, out)")
         check.value(A.device == x.device, "pages", f"pages on {A.device}", f"{x.device}, as x")
+        check.value(pages[2].dim() == 2, "pages.table", f"shape {tuple(pages[2].shape)}", "(slots, most pages)")
+        for name, t in zip(Pages._fields[2:6], pages[2:6], strict=True):
+            slots = pages[2].shape[: 2 if name == "table" else 1]
+            check.tensor(f"pages.{name}", t, x, slots, torch.float32 if name == "scales" else torch.int32)
+            check.value(t.is_contiguous(), f"pages.{name}", f"strides {t.stride()}", "a contiguous tensor")
 
 
 def _fake(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):

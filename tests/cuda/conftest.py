@@ -41,3 +41,17 @@ def emulated(request):
         yield launches
     native.pin_gpu("")
     assert "cannot open shared object file" in native.load_cuda("/nowhere")
+
+
+@pytest.fixture
+def capability(emulated):
+    """Sets the emulated GPU's compute capability, 86 at first."""
+    libraries = [harness.Library(harness.build(mode)).library for mode in harness.MODES]
+
+    def to(asked):
+        for library in libraries:
+            library.emulate_capability(asked)
+
+    to(86)
+    yield to
+    to(80)

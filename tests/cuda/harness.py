@@ -80,7 +80,8 @@ def forget_the_oldest():
 
 def made(name, suffix, command, inputs):
     """CACHE/name-….suffix as `command` makes it, unless it is there for the same command and the same inputs."""
-    key = repr([command, [(p.name, p.read_bytes()) for p in inputs]])
+    # without folders: a mutant's copy of a file that it does not change is the same file
+    key = repr([[Path(part).name for part in command], [(p.name, p.read_bytes()) for p in inputs]])
     output = CACHE / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}{suffix}"
     said = output.with_suffix(".txt")
     if output.exists() and said.exists():

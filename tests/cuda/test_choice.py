@@ -106,14 +106,16 @@ def test_explain_knows_the_layouts(monkeypatch, options, sentence):
 
 
 def test_explain_knows_which_adapters_a_route_may_have():
-    x, A, B = torch.ones(4, 64), torch.ones(1, 1, 8, 64), torch.ones(1, 8, 32)
+    x, A, B, table = torch.ones(4, 64), torch.ones(1, 1, 8, 64), torch.ones(1, 8, 32), torch.zeros(1, 1)
 
     def said(adapters, *pages):
         return backends._lies_otherwise("lora_routed_forward", x, [x, x, adapters, *[None] * 7, pages])
 
-    assert said([], A, B) is None
-    for given in (([A], A, B), ([],), ([], A.double(), B), ([], A, B.transpose(1, 2))):
-        assert "pages of x's type" in said(*given)
+    assert said([], A, B, table) is None
+    across, sliced = B.transpose(1, 2), A.expand(1, 9, 8, 64)
+    for given in ((A.double(), B, table), (A, across, table), (A, B, table[:, :0]), (sliced, B, table), ()):
+        assert "pages of x's type" in said([], *given)
+    assert "pages of x's type" in said([A], A, B, table)
 
 
 def test_explain_on_a_cpu_says_nothing_of_it():

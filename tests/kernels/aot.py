@@ -179,7 +179,6 @@ def figures(compiled):
                 for option in ("--dump-resource-usage", "--dump-sass")]  # fmt: skip
     ptx = compiled.asm["ptx"]
     # In SASS too: ptxas waits for each wgmma, whatever the PTX says, where it cannot prove its accumulator untouched.
-    # ptxas may wait for each wgmma whatever the PTX says, hence both.
     waits = [re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx), re.findall(r"gsb\d, 0x(\d+)", dump[1])]
     matrix = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.(m\d+n\d+k\d+)", ptx)))
     return {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora import Route, lora_routed
+from fastlora import Pages, Route, lora_routed
 
 
 def test_route():
@@ -76,3 +76,25 @@ def test_bad_arguments(backend, change, error, name):
                  lora_B=[torch.zeros(8, 4)] * 2, route=Route.from_lists([[(0, 1.0)]] * 2))  # fmt: skip
     with pytest.raises(error, match=f"fastlora: {name}"):
         lora_routed(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    "name, change, error",
+    [
+        ("table", lambda t: t.long(), TypeError),
+        ("table", lambda t: t[0], ValueError),
+        ("ranks", lambda t: t.float(), TypeError),
+        ("ranks", lambda t: t.repeat(2), ValueError),
+        ("ranks", lambda t: t[:, None].repeat(1, 2)[:, 0], ValueError),
+        ("scales", lambda t: t.double(), TypeError),
+        ("columns", lambda t: t.to("meta"), ValueError),
+    ],
+)
+def test_bad_tables(backend, name, change, error):
+    """Kernels read them as they are said to be."""
+    of_slots = torch.full((2,), 8, dtype=torch.int32), torch.ones(2), torch.full((2,), -1, dtype=torch.int32)
+    pages = Pages(torch.zeros(2, 1, 8, 6), torch.zeros(2, 8, 8), torch.tensor([[0], [1]], dtype=torch.int32), *of_slots)
+    given = torch.zeros(2, 6), torch.zeros(8, 6), pages, None, Route.from_lists([[(0, 1.0)]] * 2)
+    assert lora_routed(*given).shape == (2, 8)
+    with pytest.raises(error, match=rf"fastlora: pages\.{name}"):
+        lora_routed(*given[:2], pages._replace(**{name: change(getattr(pages, name))}), *given[3:])

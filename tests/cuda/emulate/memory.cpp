@@ -99,9 +99,15 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   return cudaSuccess;
 }
 
-// sm_80 with four multiprocessors
+// Four multiprocessors of sm_80, or of what a test asks for. sm_86 and its like have blocks of 99 KiB.
+static int capability = 80;
+extern "C" void emulate_capability(int asked) { capability = asked; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 0;
-  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = emulate::MOST_SHARED;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = 4; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = capability / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = capability % 10; break;
+    default: *value = capability % 10 ? 99 << 10 : int(emulate::MOST_SHARED);
+  }
   return cudaSuccess;
 }
