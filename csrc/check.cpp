@@ -59,20 +59,21 @@ bool routed(FASTLORA_ROUTED_ARGS) {
   const auto E = static_cast<int64_t>(lora_A.size());
   for (int64_t e = 0; e < E; e++)
     if (!adapter(lora_B[e], out, -1, x) || !adapter(lora_A[e], k * lora_B[e].size(1), in, x)) return false;
-  if (gates.device() != x.device() || !floating(scaling) || (scaling.dim() && !vector(scaling, E))) return false;
+  if (gates.sizes() != route[1].sizes() || gates.device() != x.device() || !floating(scaling) || (scaling.dim() && !vector(scaling, E))) return false;
   if (!column_scale.empty() && column_scale.size() != lora_A.size()) return false;
   for (const auto& c : column_scale)
     if (!vector(c, out) && !vector(c, 0)) return false;
   const Plan plan(route);
   const auto* end = plan.slots + plan.bounds[plan.G];
   if (plan.slots != end && *std::max_element(plan.slots, end) >= paged(pages) + E) return false;
-  if (pages.empty() || pages[2].dim() != 2) return pages.empty();
+  if (pages.empty()) return true;
+  if (pages.size() < 6 || pages[2].dim() != 2 || pages[0].dim() != 4) return false;
   const auto &A = pages[0], &B = pages[1];
   for (int i : {2, 3, 4, 5})
     if (pages[i].scalar_type() != (i == 4 ? at::kFloat : at::kInt) || !pages[i].is_contiguous() ||
         pages[i].device() != x.device() || pages[i].sizes() != pages[2].sizes().slice(0, i == 2 ? 2 : 1)) return false;
   return A.sizes() == IntArrayRef({A.size(0), k, 8, in}) && B.sizes() == IntArrayRef({A.size(0), 8, out}) &&
-         A.device() == x.device();
+         A.device() == x.device() && B.device() == x.device();
 }
 
 bool expand(FASTLORA_EXPAND_ARGS) {

@@ -113,16 +113,16 @@ Tensors outer(const Gated& t, const Tensor& given, TensorList f, bool last_is_ra
 
 // Its kernel takes 112 KiB of shared memory.
 Tensors project_outer(Gated& t, const Gated& z, const Tensor& given, TensorList f) {
+  Launch launch(given);
+  if (!launch.large()) {
+    project(t, given, f, true, {});
+    return outer(z, given, f, true, {});
+  }
   const auto dy = with_rows(flat(given)), b = with_rows(composed::joined(f, true, dy.size(1), dy).t()), zs = flat(z.z);
   const int64_t M = dy.size(0), N = dy.size(1), R = b.size(1);
   const bool one = f.size() == 1;   // its gradient is written where it stays
   const auto ts = at::empty({M, R}, zs.options()), tg = at::empty({M, R}, dy.options());
   const auto sum = at::empty({N, R}, dy.options().dtype(one ? f[0].scalar_type() : at::kFloat));
-  Launch launch(dy);
-  if (!launch.large()) {
-    project(t, dy, f, true, {});
-    return outer(z, dy, f, true, {});
-  }
   Expand_backwardParams p{};
   p.dy = launch.rows(dy), p.z = launch.rows(zs), p.t = launch.rows(ts), p.dz = launch.rows(tg), p.db[0] = launch.rows(sum);
   p.parts[0] = {launch.rows(b), 0, R, 0, N}, p.count = 1, p.m = M, p.fp32_db = sum.scalar_type() == at::kFloat;
@@ -191,7 +191,7 @@ const Products products = {project, outer, product, project_outer};
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList pages) {
   const auto lies = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type() && t.stride(-1) == 1; };
   return lora_A.empty() && !pages.empty() && lies(pages[0]) && lies(pages[1]) && pages[0].size(1) <= FASTLORA_PARTS &&
-         pages[2].size(1) && takes("lora_routed_forward", x);
+         pages[2].size(1) && pages[0].numel() && pages[1].numel() && takes("lora_routed_forward", x);
 }
 
 RoutedForward routed(const Tensor& given, const Tensor& weight, const MaybeTensor& bias, TensorList route, const Tensor& gates,
@@ -221,7 +221,8 @@ RoutedForward routed(const Tensor& given, const Tensor& weight, const MaybeTenso
   const auto y = bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
   const auto z = at::empty({entries, k * 8 * most}, g.options());
   Routed_shrinkParams s{launch.rows(x), launch.rows(z), a, r};
-  s.k = K, s.slices = k, s.splits = int(std::clamp<int64_t>(K / 1024, 1, 4));   // by K alone: z does not depend on the batch
+  // By K alone, so that z does not depend on the batch; a long one, which needs no parts, would need much room for them.
+  s.k = K, s.slices = k, s.splits = entries * k > 16384 ? 1 : int(std::clamp<int64_t>(K / 1024, 1, 4));
   const int64_t counters = entries * k * at::ceil_div<int64_t>(most, 4);
   if (s.splits > 1) launch.workspace(s, counters * s.splits * FASTLORA_ROUTED_TILE, counters, x);
   launch(library.launch_routed_shrink, s, x.scalar_type());

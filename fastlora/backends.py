@@ -75,7 +75,8 @@ def _lies_otherwise(op, x, args):
         return "weight: neither rows nor columns lie together"
     if op == "lora_routed_forward":
         A, pages = args[2], args[10]
-        lie = pages and all(t.dtype == x.dtype and t.stride(-1) == 1 for t in pages[:2]) and pages[2].shape[1]
+        lie = pages and all(t.dtype == x.dtype and t.stride(-1) == 1 and t.numel() for t in pages[:2])
+        lie = lie and pages[2].shape[1]
         if A or not lie or pages[0].shape[1] > 8:
             return "the kernels read adapters from pages of x's type, whose rank rows lie together, of at most 8 slices"
     return None if x.numel() else "x is empty"

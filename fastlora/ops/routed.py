@@ -37,12 +37,14 @@ def lora_routed(
         lora_A, lora_B, pages = (), (), lora_A
     check.kind(isinstance(route, Route), "route", type(route).__name__, "a fastlora.Route")
     check.kind(pages is None or isinstance(pages, Pages), "pages", type(pages).__name__, "fastlora.Pages")
+    for name, t in zip(Pages._fields[:6], pages or (), strict=False):
+        check.kind(isinstance(t, torch.Tensor), f"pages.{name}", type(t).__name__, "a tensor")
     if column_scale is not None:
         column_scale = [x.new_empty(0) if c is None else c for c in column_scale]
     return lora_routed_op(
         x, weight, check.tensors("lora_A", lora_A), check.tensors("lora_B", lora_B), scalar(scaling), bias,
         route.tensors, route.gates, column_scale or (), slices or (),
-        () if pages is None else [t for t in pages if t is not None],
+        () if pages is None else pages[: 6 if pages.host is None else 7],
     )  # fmt: skip
 
 
@@ -160,6 +162,8 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale,
         check.adapter("lora_B", b, out, None, x)
         check.adapter("lora_A", a, k * b.shape[1], n_in, x)
     check.value(tokens == flat(x).shape[0], "route", f"a route of {tokens} tokens", f"one of {len(flat(x))}, as x has")
+    got, expected = f"{tuple(gates.shape)} gates", f"{tuple(route[1].shape)}, as slots"
+    check.value(gates.shape == route[1].shape, "route", got, expected)
     check.value(gates.device == x.device, "route", f"a route on {gates.device}", f"{x.device}, as x")
     check.scale(scaling, len(lora_A))
     check.value(len(column_scale) in (0, len(lora_A)), "column_scale", len(column_scale), f"{len(lora_A)}, as lora_A")
@@ -174,7 +178,7 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale,
         A, B = pages[:2]
         fits = A.dim() == 4 and A.shape[1:] == (k, 8, n_in) and B.shape == (A.shape[0], 8, out)
         check.value(fits, "pages", f"A {tuple(A.shape)} and B {tuple(B.shape)}", f"(P, {k}, 8, in) and (P, 8, out)")
-        check.value(A.device == x.device, "pages", f"pages on {A.device}", f"{x.device}, as x")
+        check.value(x.device == A.device == B.device, "pages", f"{A.device} and {B.device}", f"{x.device}, as x")
         check.value(pages[2].dim() == 2, "pages.table", f"shape {tuple(pages[2].shape)}", "(slots, most pages)")
         for name, t in zip(Pages._fields[2:6], pages[2:6], strict=True):
             slots = pages[2].shape[: 2 if name == "table" else 1]

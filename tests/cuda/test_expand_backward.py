@@ -136,7 +136,7 @@ CASES = [
     Case(300, (200,), (20,), 3, gate="token", wide=True),
     Case(257, (72,), (64,), dtype=torch.float16),
     Case(520, (60,), (5,), gate="row"),
-    Case(16, (40,), (130,), dtype=torch.float16, gate="row"),
+    Case(16, (40,), (130,), 2, dtype=torch.float16, gate="row"),
     Case(260, (70, 38, 68), (4, 66, 9), 2, gate="token", name="slices"),
     Case(9, (36, 0, 64), (8, 5, 16), 2, name="an empty slice"),
     Case(260, (64, 72, 64), (8, 0, 8), name="a slice without an adapter"),

@@ -88,6 +88,7 @@ def test_bad_arguments(backend, change, error, name):
         ("ranks", lambda t: t[:, None].repeat(1, 2)[:, 0], ValueError),
         ("scales", lambda t: t.double(), TypeError),
         ("columns", lambda t: t.to("meta"), ValueError),
+        ("columns", lambda t: None, TypeError),
     ],
 )
 def test_bad_tables(backend, name, change, error):
@@ -98,3 +99,11 @@ def test_bad_tables(backend, name, change, error):
     assert lora_routed(*given).shape == (2, 8)
     with pytest.raises(error, match=rf"fastlora: pages\.{name}"):
         lora_routed(*given[:2], pages._replace(**{name: change(getattr(pages, name))}), *given[3:])
+
+
+def test_as_many_gates_as_slots(backend):
+    """They may be replaced, by others that require grad."""
+    route = Route.from_lists([[(0, 1.0)]] * 2)
+    route.gates = torch.ones(1)
+    with pytest.raises(ValueError, match="fastlora: route: got .1,. gates, expected .2,., as slots"):
+        lora_routed(torch.zeros(2, 6), torch.zeros(8, 6), [torch.zeros(4, 6)], [torch.zeros(8, 4)], route)

@@ -69,6 +69,7 @@ template <class T> DEVICE void scale_base(const DecodeParams& p, const Part& par
     if (row >= p.m) continue;
     float scale[2] = {1.f, 1.f};
     for (int entry = p.route.offsets[row]; entry < p.route.offsets[row + 1]; entry++) {
+      if (!dora_row<T>(p.b_pages, p.route, p.route.slots[entry], 0)) continue;  // its gate may be infinite
       const Vector<float, 2> d = dora_of<T>(p, part, p.route.slots[entry], column);
       UNROLL for (int half = 0; half < 2; half++) scale[half] += p.gates[entry] * d.v[half];
     }

@@ -5,7 +5,7 @@
 
 constexpr int BM = 32, BN = 256, STEP = 32, THREADS = 256;  // a strip a warp, STEP ranks at a time
 
-// −1 where there is no such row of y, or no such column of a.
+// Negative where there is no such row of y, or no such column of a.
 DEVICE long long id_of(const GatherParams& p, int row) {
   const long long id = row < p.m ? p.ids[row] : -1;
   return id < p.vocab ? id : -1;

@@ -1,6 +1,6 @@
 // y += Σ gate · scale · z b where every token has adapters of its own. A warp has a tile of tokens and 64 columns of one slice
 // and goes through the list; z is gated and rounded as it is read, y is read and written once. With DoRA b is multiplied by c
-// and rounded again as it is read, and y is read once more for the base's part.
+// and rounded again as it is read, and y is read once more for each such slot, for the base's part.
 #include "routed.cuh"
 
 constexpr int THREADS = 128, BN = THREADS / 32 * 64;
