@@ -58,7 +58,7 @@ bench: build
 	$(BIN)/python -m benchmarks.composition
 	$(BIN)/python -m benchmarks.plot
 
-# Bugs planted in the CUDA kernels, one at a time: 20 minutes.
+# Bugs planted in the CUDA kernels, one at a time: half an hour.
 mutants: build
 	$(BIN)/python tests/cuda/mutants.py
 
