@@ -59,7 +59,8 @@ bool routed(FASTLORA_ROUTED_ARGS) {
   const auto E = static_cast<int64_t>(lora_A.size());
   for (int64_t e = 0; e < E; e++)
     if (!adapter(lora_B[e], out, -1, x) || !adapter(lora_A[e], k * lora_B[e].size(1), in, x)) return false;
-  if (gates.sizes() != route[1].sizes() || gates.device() != x.device() || !floating(scaling) || (scaling.dim() && !vector(scaling, E))) return false;
+  if (gates.sizes() != route[1].sizes() || gates.device() != x.device()) return false;
+  if (!floating(scaling) || (scaling.dim() && !vector(scaling, E))) return false;
   if (!column_scale.empty() && column_scale.size() != lora_A.size()) return false;
   for (const auto& c : column_scale)
     if (!vector(c, out) && !vector(c, 0)) return false;

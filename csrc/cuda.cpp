@@ -246,7 +246,7 @@ std::string objection(const Status& status, const std::vector<int64_t>& sizes, b
 
 bool takes(const char* op, const Tensor& x) {
   static const bool ran = std::any_of(statuses.begin(), statuses.end(), [](const Status& s) { return std::get<2>(s); });
-  TORCH_CHECK(library.fastlora_device || pinned != "kernels" || !x.is_cuda(), "fastlora: FASTLORA_GPU=kernels: no library of them");
+  TORCH_CHECK(library.fastlora_device || pinned != "kernels" || !x.is_cuda(), "fastlora: FASTLORA_GPU=kernels: there are none");
   if (!library.fastlora_device || (pinned.empty() && !ran) || !(x.is_cuda() || library.buffer) || !x.numel()) return false;
   const c10::DeviceGuard guard(x.device());
   int architecture = 0, multiprocessors = 0, status = library.fastlora_device(&architecture, &multiprocessors);

@@ -37,14 +37,16 @@ def lora_routed(
         lora_A, lora_B, pages = (), (), lora_A
     check.kind(isinstance(route, Route), "route", type(route).__name__, "a fastlora.Route")
     check.kind(pages is None or isinstance(pages, Pages), "pages", type(pages).__name__, "fastlora.Pages")
-    for name, t in zip(Pages._fields[:6], pages or (), strict=False):
-        check.kind(isinstance(t, torch.Tensor), f"pages.{name}", type(t).__name__, "a tensor")
+    held = () if pages is None else pages[: 6 if pages.host is None else 7]
+    if not all(map(torch.is_tensor, held)):
+        name = next(name for name, t in zip(Pages._fields, held, strict=False) if not torch.is_tensor(t))
+        check.kind(False, f"pages.{name}", type(getattr(pages, name)).__name__, "a tensor")
     if column_scale is not None:
         column_scale = [x.new_empty(0) if c is None else c for c in column_scale]
     return lora_routed_op(
         x, weight, check.tensors("lora_A", lora_A), check.tensors("lora_B", lora_B), scalar(scaling), bias,
         route.tensors, route.gates, column_scale or (), slices or (),
-        () if pages is None else pages[: 6 if pages.host is None else 7],
+        held,
     )  # fmt: skip
 
 

@@ -119,6 +119,15 @@ def test_tokens_do_not_see_each_other():
     assert torch.equal(problem.run(library, 0), none)
 
 
+def test_an_infinite_gate_without_dora():
+    """It multiplies its own update alone, beside a token that has DoRA."""
+    problem = Problem(Case(2, 40, 40, (8, 8), lists=[[(0, 1.0)], [(1, 1.0)]], dora=(0,)))
+    problem.route.gates[1] = torch.inf
+    y = problem.run(harness.library(), 0)
+    assert_close(y[:1], problem.y[:1], problem.size[:1], False)
+    assert torch.isinf(y[1]).all()
+
+
 @pytest.mark.parametrize("slot", [-1, 2**31 - 1, 1])
 def test_what_the_tables_do_not_hold(slot):
     """A slot that is not in them is no DoRA: its neighbours are not read."""

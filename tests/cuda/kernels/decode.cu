@@ -69,9 +69,9 @@ template <class T> DEVICE void scale_base(const DecodeParams& p, const Part& par
     if (row >= p.m) continue;
     float scale[2] = {1.f, 1.f};
     for (int entry = p.route.offsets[row]; entry < p.route.offsets[row + 1]; entry++) {
-      if (!dora_row<T>(p.b_pages, p.route, p.route.slots[entry], 0)) continue;  // its gate may be infinite
       const Vector<float, 2> d = dora_of<T>(p, part, p.route.slots[entry], column);
-      UNROLL for (int half = 0; half < 2; half++) scale[half] += p.gates[entry] * d.v[half];
+      // Not a product with 0: the gate of an adapter that is no DoRA may be infinite.
+      UNROLL for (int half = 0; half < 2; half++) scale[half] += d.v[half] != 0.f ? p.gates[entry] * d.v[half] : 0.f;
     }
     UNROLL for (int half = 0; half < 2; half++) acc[i / 2].v[half * 2 + i % 2] *= scale[half];
   }
