@@ -1,9 +1,9 @@
 """The ops on a GPU against float64, by the error rule of the tests: `python -m benchmarks.gpu_check`.
 
 lora_linear with all its gradients and under inference_mode, where few tokens go through the decode kernel, and
-lora_shrink under inference_mode, one adapter, with and without dropout; lora_expand into some columns, with gradients;
-lora_routed of tokens with several adapters, one or none, with gradients and without. Each composed of ATen calls and by
-the CUDA C++ kernels. Neither Triton's kernels nor the gradients of lora_shrink.
+lora_shrink under inference_mode, one adapter, with and without dropout; lora_expand into some columns, lora_embedding,
+and lora_routed of tokens with several adapters, one or none, with gradients and without. Each composed of ATen calls
+and by the CUDA C++ kernels. Neither Triton's kernels nor the gradients of lora_shrink.
 
 With `--device cpu` and FASTLORA_CUDA_LIBRARY naming the emulator's library it runs without a GPU.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastlora import Route, backends, lora_expand, lora_linear, lora_routed, lora_shrink
+from fastlora import Route, backends, lora_embedding, lora_expand, lora_linear, lora_routed, lora_shrink
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from exactness import assert_accurate, formula, rounded  # noqa: E402
@@ -36,7 +36,7 @@ def main(argv=None):
     for size, dtype, masters, p in itertools.product(SIZES, dtypes, (False, True), (0.0, 0.5)):
         for method in forms:
             ran += _compare(size, dtype, masters, p, device, method)
-    for size, dtype, method, op in itertools.product(SIZES, dtypes, forms, (_expand, _routed)):
+    for size, dtype, method, op in itertools.product(SIZES, dtypes, forms, (_expand, _embedding, _routed)):
         ours, plain = op(size, dtype, device)
         found, exact, usual = pinned(method, ours), plain(torch.float64), plain(dtype)
         for name, a, e, u in zip(("y", "gradient", "y under inference_mode"), found, exact, usual, strict=True):
@@ -114,6 +114,23 @@ def _expand(size, dtype, device):
         return _results(lambda z: y.to(to) + torch.nn.functional.pad((z * 0.5) @ b.to(to).T, (9, 0)), z.to(to))
 
     return lambda: _results(lambda z: lora_expand(y, z, b, 0.5, columns=(9, n + 9)), z), plain
+
+
+def _embedding(size, dtype, device):
+    """The same for lora_A."""
+    torch.manual_seed(0)
+    m, k, n, r = size
+    y, b, a = (
+        torch.randn(m, n).to(device, dtype),
+        torch.randn(n, r).to(device, dtype),
+        torch.randn(r, k).to(device, dtype),
+    )
+    ids = torch.randint(k, (m,), device=device)
+
+    def plain(to):
+        return _results(lambda a: y.to(to) + (a[:, ids].T * 0.5) @ b.to(to).T, a.to(to))
+
+    return lambda: _results(lambda a: lora_embedding(y, ids, a, b, 0.5), a), plain
 
 
 def _routed(size, dtype, device):

@@ -16,7 +16,7 @@ namespace {
 
 #define FUNCTIONS(DO) \
   DO(launch_linear) DO(launch_shrink) DO(launch_decode) DO(launch_shrink_backward) DO(launch_expand_backward) \
-  DO(launch_expand) DO(launch_routed_shrink) DO(launch_routed_expand) DO(fastlora_shrink_counters) \
+  DO(launch_expand) DO(launch_routed_shrink) DO(launch_routed_expand) DO(launch_gather) DO(fastlora_shrink_counters) \
   DO(fastlora_decode_counters) DO(fastlora_shrink_backward_counters) DO(fastlora_expand_backward_workspace) \
   DO(fastlora_device) DO(fastlora_error)
 #define MEMBER(name) decltype(&::name) name = nullptr;
@@ -187,6 +187,20 @@ Tensor product(Product& q) {
 }  // namespace
 
 const Products products = {project, outer, product, project_outer};
+
+EmbeddingForward embedding(const Tensor& given, const Tensor& ids, TensorList lora_A, TensorList lora_B, const Gate& gate) {
+  const int64_t N = given.size(-1), R = total_rank(lora_A, 0), vocabulary = R ? lora_A[0].size(1) : 0;
+  const auto out = at::empty(given.sizes(), given.options()).copy_(given), y = flat(out), which = ids.to(at::kLong).contiguous();
+  const auto a = with_rows(composed::joined(lora_A, false, vocabulary, y)), b = with_rows(composed::joined(lora_B, true, N, y).t());
+  const auto z = at::empty({y.size(0), R}, y.options().dtype(at::kFloat));
+  Launch launch(out);
+  GatherParams p{};
+  p.y = launch.rows(y), p.z = launch.rows(z), p.a = launch.rows(a), p.b = launch.rows(b), p.ids = launch.as<const long long>(which);
+  p.m = y.size(0), p.ranks = R, p.columns = N, p.vocab = vocabulary;
+  launch.gate(p, gate, R);
+  launch(library.launch_gather, p, out.scalar_type());
+  return {out, z.reshape(with_last(given.sizes(), R))};
+}
 
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList pages) {
   const auto lies = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type() && t.stride(-1) == 1; };

@@ -33,6 +33,10 @@ ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS);
 Tensor lora_expand(FASTLORA_EXPAND_ARGS);
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS);
 
+Tensor lora_embedding(FASTLORA_EMBEDDING_ARGS);
+EmbeddingForward lora_embedding_forward(FASTLORA_EMBEDDING_ARGS);
+EmbeddingBackward lora_embedding_backward(FASTLORA_EMBEDDING_BACKWARD_ARGS);
+
 Tensor lora_routed(FASTLORA_ROUTED_ARGS);
 RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS);
 RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS);
@@ -49,6 +53,7 @@ namespace check {
 bool linear(FASTLORA_LINEAR_ARGS);
 bool shrink(FASTLORA_SHRINK_ARGS);
 bool expand(FASTLORA_EXPAND_ARGS);
+bool embedding(FASTLORA_EMBEDDING_ARGS);
 bool routed(FASTLORA_ROUTED_ARGS);
 bool dropout(double p, const MaybeTensor& seed, const Tensor& x);
 

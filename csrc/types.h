@@ -22,6 +22,8 @@ using LinearBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tens
 using ShrinkBackward = std::tuple<Tensor, Tensors>;
 // dz, dB, dscaling, dgates
 using ExpandBackward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
+using EmbeddingForward = std::tuple<Tensor, Tensor>;   // y, z
+using EmbeddingBackward = std::tuple<Tensors, Tensors, Tensor, Tensor>;   // dA, dB, dscaling, dgates
 using RoutedForward = std::tuple<Tensor, Tensor>;   // y, z (n, k * most ranks): an entry's image before its gate
 // as LinearBackward, but the last
 using RoutedBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tensor, Tensor>;
@@ -38,6 +40,12 @@ using RoutedBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tens
 #define FASTLORA_EXPAND_OPTIONS                                                                                          \
   const Tensor &z, TensorList lora_B, const Tensor &scaling, const MaybeTensor &gates, IntArrayRef ranks, IntArrayRef columns
 #define FASTLORA_EXPAND_ARGS const Tensor &y, FASTLORA_EXPAND_OPTIONS
+#define FASTLORA_EMBEDDING_OPTIONS                                                                                        \
+  const Tensor &ids, TensorList lora_A, TensorList lora_B, const Tensor &scaling, const MaybeTensor &gates,               \
+      IntArrayRef ranks, int64_t padding_idx, bool scale_grad_by_freq
+#define FASTLORA_EMBEDDING_ARGS const Tensor &y, FASTLORA_EMBEDDING_OPTIONS
+#define FASTLORA_EMBEDDING_BACKWARD_ARGS \
+  const Tensor &dy, FASTLORA_EMBEDDING_OPTIONS, const Tensor &z, std::array<bool, 4> needs
 #define FASTLORA_EXPAND_BACKWARD_ARGS const Tensor &dy, FASTLORA_EXPAND_OPTIONS, std::array<bool, 4> needs
 // routes are made by ops/route.py
 #define FASTLORA_ROUTED_OPTIONS \
@@ -49,6 +57,7 @@ using RoutedBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tens
 // the same arguments, passed on
 #define FASTLORA_LINEAR x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed
 #define FASTLORA_SHRINK x, lora_A, dropout_p, seed
+#define FASTLORA_EMBEDDING y, ids, lora_A, lora_B, scaling, gates, ranks, padding_idx, scale_grad_by_freq
 #define FASTLORA_ROUTED x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages
 #define FASTLORA_ROUTED_BACKWARD \
   dy, x, weight, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages, z, needs

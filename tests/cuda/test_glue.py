@@ -10,7 +10,7 @@ import pytest
 import torch
 from exactness import strided, transposed
 
-from fastlora import backends, lora_expand, lora_linear, lora_shrink
+from fastlora import backends, lora_embedding, lora_expand, lora_linear, lora_shrink
 
 native = backends.native()[0]
 pytestmark = [
@@ -142,6 +142,19 @@ def test_expand(emulated, gates):
         given, kept = layout(y), y.clone()
         same(lambda y, z, B: lora_expand(y, z, B, 0.5, gates=gates, columns=(3, 43)), given, z, B)
         assert emulated() == 2 and torch.equal(given, kept)
+
+
+@pytest.mark.parametrize("gates", [None, torch.tensor([2.0, 0.5]), torch.ones(20, 2) * torch.tensor([0.5, 2.0])])
+def test_embedding(emulated, gates):
+    """An embedding's update, with ids of both types, of any layouts and y's values kept."""
+    y, _, A, B = arguments(ranks=(8, 3), k=40)
+    ids, kept = torch.arange(20) * 7 % 40, y.clone()
+    for layout in (torch.clone, strided, transposed):
+        given, factors = layout(y), (tuple(map(layout, A)), tuple(map(layout, B)))
+        same(lambda y, A, B: lora_embedding(y, ids, A, B, 0.5, gates=gates, padding_idx=7), given, *factors)
+        assert emulated() == 2 and torch.equal(given, kept)
+    same(lambda A: lora_embedding(y.view(4, 5, 40), ids.int().view(4, 5), A, B), A)
+    assert emulated() == 2, "t alone"
 
 
 def test_what_is_not_taken(emulated):
