@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from fastlora import Route, backends, lora_embedding, lora_expand, lora_linear, lora_routed, lora_shrink
+from fastlora import Route, backends, lora_expand, lora_linear, lora_routed, lora_shrink
+from fastlora.ops.embedding import lora_embedding_op
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from exactness import assert_accurate, formula, rounded  # noqa: E402
@@ -130,7 +131,11 @@ def _embedding(size, dtype, device):
     def plain(to):
         return _results(lambda a: y.to(to) + (a[:, ids].T * 0.5) @ b.to(to).T, a.to(to))
 
-    return lambda: _results(lambda a: lora_embedding(y, ids, a, b, 0.5), a), plain
+    def ours():
+        more = torch.tensor(0.5), None, [], -1, False
+        return _results(lambda a: lora_embedding_op(y, ids, [a], [b], *more), a)
+
+    return ours, plain
 
 
 def _routed(size, dtype, device):

@@ -35,7 +35,6 @@ struct Saved {
     integers.insert(integers.end(), list.begin(), list.end());
   }
   void add(double number) { real = number; }
-  template <std::integral T> void add(T number) { integers.push_back(number); }
 
   template <class T>
   auto read() {
@@ -50,7 +49,6 @@ struct Saved {
       const size_t n = integers[integer++];
       return IntArrayRef(integers).slice((integer += n) - n, n);
     } else if constexpr (std::is_same_v<T, double>) return real;
-    else if constexpr (std::is_integral_v<T>) return static_cast<T>(integers[integer++]);
     else return T();   // which gradients are needed
   }
 };
@@ -127,11 +125,15 @@ struct Shrink : Recorded<Shrink, "fastlora::lora_shrink", "fastlora::lora_shrink
                          decltype(lora_shrink), decltype(lora_shrink_backward), -1, 0, 1> {};
 struct Expand : Recorded<Expand, "fastlora::lora_expand", "fastlora::lora_expand", "fastlora::lora_expand_backward",
                          decltype(lora_expand), decltype(lora_expand_backward), 0, 0, 1, 2, 3, 4> {};
-struct Embedding
-    : Recorded<Embedding, "fastlora::lora_embedding", "fastlora::lora_embedding_forward", "fastlora::lora_embedding_backward",
-               decltype(lora_embedding_forward), decltype(lora_embedding_backward), 0, 0, 2, 3, 4, 5> {};
 struct Routed : Recorded<Routed, "fastlora::lora_routed", "fastlora::lora_routed_forward", "fastlora::lora_routed_backward",
                          decltype(lora_routed_forward), decltype(lora_routed_backward), 5, 0, 1, 2, 3, 4, 5, 7> {};
+
+Tensor embedding(FASTLORA_EMBEDDING_ARGS) {
+  if (torch::autograd::compute_requires_grad(y, lora_A, lora_B, scaling, gates) && check::embedding(FASTLORA_EMBEDDING))
+    return composed_embedding(FASTLORA_EMBEDDING);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return call<"fastlora::lora_embedding", decltype(lora_embedding)>(FASTLORA_EMBEDDING);
+}
 
 }  // namespace
 
@@ -139,11 +141,11 @@ void register_autograd(torch::Library& m) {
   m.impl("lora_linear", Linear::kernel);
   m.impl("lora_shrink", Shrink::kernel);
   m.impl("lora_expand", Expand::kernel);
-  m.impl("lora_embedding", Embedding::kernel);
+  m.impl("lora_embedding", embedding);
   m.impl("lora_routed", Routed::kernel);
   // double backward raises by name instead of being silently wrong
   for (auto op : {"lora_linear_forward", "lora_linear_backward", "lora_shrink_backward", "lora_expand_backward",
-                  "lora_embedding_forward", "lora_embedding_backward", "lora_routed_forward", "lora_routed_backward"})
+                  "lora_routed_forward", "lora_routed_backward"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }
 

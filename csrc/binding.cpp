@@ -37,8 +37,6 @@ void compute(torch::Library& m) {
   add<"fastlora::lora_expand", lora_expand, check::expand>(m);
   add<"fastlora::lora_expand_backward", lora_expand_backward>(m);
   add<"fastlora::lora_embedding", lora_embedding, check::embedding>(m);
-  add<"fastlora::lora_embedding_forward", lora_embedding_forward, check::embedding>(m);
-  add<"fastlora::lora_embedding_backward", lora_embedding_backward>(m);
   add<"fastlora::lora_routed", lora_routed, check::routed>(m);
   add<"fastlora::lora_routed_forward", lora_routed_forward, check::routed>(m);
   add<"fastlora::lora_routed_backward", lora_routed_backward>(m);

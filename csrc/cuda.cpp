@@ -188,18 +188,16 @@ Tensor product(Product& q) {
 
 const Products products = {project, outer, product, project_outer};
 
-EmbeddingForward embedding(const Tensor& given, const Tensor& ids, TensorList lora_A, TensorList lora_B, const Gate& gate) {
+Tensor embedding(const Tensor& given, const Tensor& ids, TensorList lora_A, TensorList lora_B, const Gate& gate) {
   const int64_t N = given.size(-1), R = total_rank(lora_A, 0), vocabulary = R ? lora_A[0].size(1) : 0;
   const auto out = at::empty(given.sizes(), given.options()).copy_(given), y = flat(out), which = ids.to(at::kLong).contiguous();
   const auto a = with_rows(composed::joined(lora_A, false, vocabulary, y)), b = with_rows(composed::joined(lora_B, true, N, y).t());
-  const auto z = at::empty({y.size(0), R}, y.options().dtype(at::kFloat));
   Launch launch(out);
-  GatherParams p{};
-  p.y = launch.rows(y), p.z = launch.rows(z), p.a = launch.rows(a), p.b = launch.rows(b), p.ids = launch.as<const long long>(which);
-  p.m = y.size(0), p.ranks = R, p.columns = N, p.vocab = vocabulary;
+  GatherParams p{launch.rows(y), launch.rows(a), launch.rows(b)};
+  p.ids = launch.as<const long long>(which), p.m = y.size(0), p.ranks = R, p.columns = N, p.vocab = vocabulary;
   launch.gate(p, gate, R);
   launch(library.launch_gather, p, out.scalar_type());
-  return {out, z.reshape(with_last(given.sizes(), R))};
+  return out;
 }
 
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList pages) {

@@ -17,7 +17,7 @@ inline const std::vector<Status> statuses = {
     {"lora_shrink_backward", "linear_kernel (dx), shrink_backward_kernel (dA)", 0, 0, 0},
     {"lora_expand", "expand_kernel", 0, 0, 0},
     {"lora_expand_backward", "expand_backward_kernel (t and dB), shrink_kernel (t) or shrink_backward_kernel (dB)", 0, 0, 0},
-    {"lora_embedding_forward", "gather_kernel", 0, 0, 0},
+    {"lora_embedding", "gather_kernel (without gradients)", 0, 0, 0},
     {"lora_routed_forward", "decode_kernel (few rows, no gradients) or routed_shrink_kernel, routed_expand_kernel", 0, 0, 0},
 };
 
@@ -26,7 +26,7 @@ std::string objection(const Status&, const std::vector<int64_t>& sizes, bool hal
                       const std::optional<std::string>& form);
 bool takes(const char* op, const Tensor& x);
 
-EmbeddingForward embedding(const Tensor& y, const Tensor& ids, TensorList lora_A, TensorList lora_B, const Gate& gate);
+Tensor embedding(const Tensor& y, const Tensor& ids, TensorList lora_A, TensorList lora_B, const Gate& gate);
 // lora_routed of adapters that all lie in pages
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList pages);
 RoutedForward routed(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, TensorList route, const Tensor& gates,

@@ -4,7 +4,6 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/embedding.h>
-#include <ATen/ops/embedding_dense_backward.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/sum.h>
@@ -108,23 +107,17 @@ ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
   return {dz, dB, dscaling, dgates};
 }
 
-Tensor lora_embedding(FASTLORA_EMBEDDING_ARGS) { return std::get<0>(lora_embedding_forward(FASTLORA_EMBEDDING)); }
-
-EmbeddingForward lora_embedding_forward(FASTLORA_EMBEDDING_ARGS) {
-  const auto wide = accumulate_type(y.scalar_type());
-  if (cuda::takes("lora_embedding_forward", y))
-    return cuda::embedding(y, ids, lora_A, lora_B, make_gate(scaling, gates, ranks, total_rank(lora_A, 0), y, wide));
-  Tensors parts;
-  for (const auto& a : lora_A) parts.push_back(at::embedding(a.t(), ids));
-  const auto z = parts.empty() ? at::empty(with_last(y.sizes(), 0), y.options().dtype(wide)) : at::cat(parts, -1).to(wide);
-  return {lora_expand(y, z, lora_B, scaling, gates, ranks, {}), z};
+Tensor lora_embedding(FASTLORA_EMBEDDING_ARGS) {
+  if (!cuda::takes("lora_embedding", y)) return composed_embedding(FASTLORA_EMBEDDING);
+  return cuda::embedding(y, ids, lora_A, lora_B, make_gate(scaling, gates, ranks, total_rank(lora_A, 0), y, at::kFloat));
 }
 
-EmbeddingBackward lora_embedding_backward(FASTLORA_EMBEDDING_BACKWARD_ARGS) {
-  const auto [dz, dB, dscaling, dgates] = lora_expand_backward(dy, z, lora_B, scaling, gates, ranks, {}, needs);
-  if (!needs[0]) return {Tensors(), dB, dscaling, dgates};
-  const auto sum = at::embedding_dense_backward(dz, ids, lora_A[0].size(1), padding_idx, scale_grad_by_freq);
-  return {composed::cut(sum.t(), lora_A, false), dB, dscaling, dgates};
+Tensor composed_embedding(FASTLORA_EMBEDDING_ARGS) {
+  const auto wide = accumulate_type(y.scalar_type());
+  Tensors z;
+  for (const auto& a : lora_A) z.push_back(at::embedding(a.t(), ids, padding_idx, scale_grad_by_freq));
+  const auto all = z.empty() ? at::empty(with_last(y.sizes(), 0), y.options().dtype(wide)) : at::cat(z, -1).to(wide);
+  return call<"fastlora::lora_expand", decltype(lora_expand)>(y, all, lora_B, scaling, gates, ranks, IntArrayRef());
 }
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed) {

@@ -34,8 +34,7 @@ Tensor lora_expand(FASTLORA_EXPAND_ARGS);
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS);
 
 Tensor lora_embedding(FASTLORA_EMBEDDING_ARGS);
-EmbeddingForward lora_embedding_forward(FASTLORA_EMBEDDING_ARGS);
-EmbeddingBackward lora_embedding_backward(FASTLORA_EMBEDDING_BACKWARD_ARGS);
+Tensor composed_embedding(FASTLORA_EMBEDDING_ARGS);   // of ops that have gradients
 
 Tensor lora_routed(FASTLORA_ROUTED_ARGS);
 RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS);

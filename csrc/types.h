@@ -22,8 +22,6 @@ using LinearBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tens
 using ShrinkBackward = std::tuple<Tensor, Tensors>;
 // dz, dB, dscaling, dgates
 using ExpandBackward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
-using EmbeddingForward = std::tuple<Tensor, Tensor>;   // y, z
-using EmbeddingBackward = std::tuple<Tensors, Tensors, Tensor, Tensor>;   // dA, dB, dscaling, dgates
 using RoutedForward = std::tuple<Tensor, Tensor>;   // y, z (n, k * most ranks): an entry's image before its gate
 // as LinearBackward, but the last
 using RoutedBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tensor, Tensor>;
@@ -40,12 +38,9 @@ using RoutedBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tens
 #define FASTLORA_EXPAND_OPTIONS                                                                                          \
   const Tensor &z, TensorList lora_B, const Tensor &scaling, const MaybeTensor &gates, IntArrayRef ranks, IntArrayRef columns
 #define FASTLORA_EXPAND_ARGS const Tensor &y, FASTLORA_EXPAND_OPTIONS
-#define FASTLORA_EMBEDDING_OPTIONS                                                                                        \
-  const Tensor &ids, TensorList lora_A, TensorList lora_B, const Tensor &scaling, const MaybeTensor &gates,               \
-      IntArrayRef ranks, int64_t padding_idx, bool scale_grad_by_freq
-#define FASTLORA_EMBEDDING_ARGS const Tensor &y, FASTLORA_EMBEDDING_OPTIONS
-#define FASTLORA_EMBEDDING_BACKWARD_ARGS \
-  const Tensor &dy, FASTLORA_EMBEDDING_OPTIONS, const Tensor &z, std::array<bool, 4> needs
+#define FASTLORA_EMBEDDING_ARGS                                                                                           \
+  const Tensor &y, const Tensor &ids, TensorList lora_A, TensorList lora_B, const Tensor &scaling,                        \
+      const MaybeTensor &gates, IntArrayRef ranks, int64_t padding_idx, bool scale_grad_by_freq
 #define FASTLORA_EXPAND_BACKWARD_ARGS const Tensor &dy, FASTLORA_EXPAND_OPTIONS, std::array<bool, 4> needs
 // routes are made by ops/route.py
 #define FASTLORA_ROUTED_OPTIONS \

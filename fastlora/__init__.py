@@ -19,13 +19,13 @@ from fastlora.model import (
     unmerge,
 )
 from fastlora.nn import *  # noqa: F403
-from fastlora.ops import Pages, Route, lora_embedding, lora_expand, lora_linear, lora_routed, lora_shrink
+from fastlora.ops import Pages, Route, lora_expand, lora_linear, lora_routed, lora_shrink
 
 __version__ = "0.1.0"
 __all__ = [
     "DyLinear", "Pages", "Route", "disable_adapter", "enable_input_require_grads", "explain", "inject", "load_adapter",
-    "load_lora_state_dict", "lora_embedding", "lora_expand", "lora_linear", "lora_routed", "lora_shrink",
-    "lora_state_dict", "mark_only_lora_as_trainable", "merge", "merge_and_export", "print_trainable_parameters",
-    "refresh", "remove", "save_adapter", "set_scale", "unmerge", "use_backend",
+    "load_lora_state_dict", "lora_expand", "lora_linear", "lora_routed", "lora_shrink", "lora_state_dict",
+    "mark_only_lora_as_trainable", "merge", "merge_and_export", "print_trainable_parameters", "refresh", "remove",
+    "save_adapter", "set_scale", "unmerge", "use_backend",
 ]  # fmt: skip
 __all__ += nn.__all__

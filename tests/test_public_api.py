@@ -30,7 +30,6 @@ EXPORTS = {
     "inject",
     "load_adapter",
     "load_lora_state_dict",
-    "lora_embedding",
     "lora_expand",
     "lora_linear",
     "lora_routed",
@@ -54,8 +53,6 @@ SIGNATURES = {
     "lora_routed": "(x, weight, lora_A, lora_B, route, bias=None, *, scaling=1.0, column_scale=None, slices=None, "
     "pages=None)",
     "lora_expand": "(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=None)",
-    "lora_embedding": "(y, ids, lora_A, lora_B, scaling=1.0, *, gates=None, ranks=None, padding_idx=None, "
-    "scale_grad_by_freq=False)",
 }
 # Ops that back-ends implement; draw_seed calls torch's generator and has no back-ends.
 IMPLEMENTED = {
@@ -67,8 +64,6 @@ IMPLEMENTED = {
     "lora_expand",
     "lora_expand_backward",
     "lora_embedding",
-    "lora_embedding_forward",
-    "lora_embedding_backward",
     "lora_routed",
     "lora_routed_forward",
     "lora_routed_backward",

@@ -2,18 +2,19 @@
 
 from fastlora import backends
 from fastlora.ops import dropout, library
-from fastlora.ops.embedding import lora_embedding
+from fastlora.ops.embedding import lora_embedding_op, lora_embedding_reference
 from fastlora.ops.expand import lora_expand
 from fastlora.ops.linear import lora_linear, lora_linear_op
 from fastlora.ops.route import Pages, Route
 from fastlora.ops.routed import lora_routed, lora_routed_op
 from fastlora.ops.shrink import lora_shrink, lora_shrink_op
 
-__all__ = ["Pages", "Route", "dropout", "lora_embedding", "lora_expand", "lora_linear", "lora_routed", "lora_shrink"]
+__all__ = ["Pages", "Route", "dropout", "lora_expand", "lora_linear", "lora_routed", "lora_shrink"]
 
 if backends.native()[0] is None:
     for formula in library.formulas:
         library.autograd_in_python(*formula)
     for op in (lora_linear_op, lora_shrink_op, lora_routed_op):
         library.autocast_in_python(op)
+    library.lib.impl(lora_embedding_op, lora_embedding_reference, "Autograd")
 backends.pin_from_environment()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from exactness import strided, transposed
 
-from fastlora import backends, lora_embedding, lora_expand, lora_linear, lora_shrink
+from fastlora import backends, lora_expand, lora_linear, lora_shrink
+from fastlora.ops.embedding import lora_embedding_op
 
 native = backends.native()[0]
 pytestmark = [
@@ -146,15 +147,21 @@ def test_expand(emulated, gates):
 
 @pytest.mark.parametrize("gates", [None, torch.tensor([2.0, 0.5]), torch.ones(20, 2) * torch.tensor([0.5, 2.0])])
 def test_embedding(emulated, gates):
-    """An embedding's update, with ids of both types, of any layouts and y's values kept."""
+    """Ids of both types, tensors of any layout; y keeps its values. With gradients z is gathered by ATen."""
     y, _, A, B = arguments(ranks=(8, 3), k=40)
-    ids, kept = torch.arange(20) * 7 % 40, y.clone()
+    ids, kept, more = torch.arange(20) * 7 % 40, y.clone(), (torch.tensor(0.5), gates, [8, 3], 7, False)
     for layout in (torch.clone, strided, transposed):
-        given, factors = layout(y), (tuple(map(layout, A)), tuple(map(layout, B)))
-        same(lambda y, A, B: lora_embedding(y, ids, A, B, 0.5, gates=gates, padding_idx=7), given, *factors)
-        assert emulated() == 2 and torch.equal(given, kept)
-    same(lambda A: lora_embedding(y.view(4, 5, 40), ids.int().view(4, 5), A, B), A)
-    assert emulated() == 2, "t alone"
+        given = layout(y), tuple(map(layout, A)), tuple(map(layout, B))
+        same(lambda y, A, B: lora_embedding_op(y, ids, A, B, *more), *given)
+        assert emulated() == 2, "the expand and its backward"
+        found = lora_embedding_op(given[0], ids.int(), *given[1:], *more)
+        assert emulated() == 1 and torch.equal(given[0], kept)
+        native.pin_gpu("composed")
+        assert torch.equal(found, lora_embedding_op(y, ids, A, B, *more))
+        native.pin_gpu("kernels")
+    y, given = y.view(4, 5, 40), ids.view(4, 5)
+    more = (*more[:1], None, *more[2:])
+    assert torch.equal(lora_embedding_op(y, given, A, B, *more).view(20, 40), lora_embedding_op(kept, ids, A, B, *more))
 
 
 def test_what_is_not_taken(emulated):
