@@ -60,8 +60,9 @@ def adapt(model, plan, lora_dropout=0.0, dtype=None, first=None):
         layer, base = modules[name], like(modules[name])
         convert(layer)
         own = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
-        layer.attach(r, lora_alpha, lora_dropout, own, base.device)
-        layer.reset_lora_parameters()
+        for _, part, _, _ in layer.places():
+            part.attach(r, lora_alpha, lora_dropout, own, base.device)
+            part.reset_lora_parameters()
     mark_only_lora_as_trainable(model)
     return model
 
