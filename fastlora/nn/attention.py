@@ -62,8 +62,10 @@ class AttentionLoRA:
 
     def places(self):
         for name, projection in self.projections().items():
-            weight, rows = "out_proj.weight" if name == "o" else f"{name}_proj_weight", slice(None)
-            if self._qkv_same_embed_dim and name != "o":
+            weight, rows = f"{name}_proj_weight", slice(None)
+            if name == "o":
+                weight = "out_proj.weight"
+            elif self._qkv_same_embed_dim:
                 start = PROJECTIONS.index(name) * self.embed_dim
                 weight, rows = "in_proj_weight", slice(start, start + self.embed_dim)
             yield f"lora_{name}", projection, weight, rows

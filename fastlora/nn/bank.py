@@ -77,8 +77,6 @@ class Bank(Chooser):
 
     # in a mixture, whose layers may have gates of their own: the number of this layer
     place = None
-    # what `_restack` made
-    _stack = None
 
     def chosen(self):
         """(keys, gates) in force here; a mixture's bank takes its own of the gates, of the adapters that it has."""
@@ -155,10 +153,6 @@ class Bank(Chooser):
             stacked = Stacked((A,))
             stacked.ranks = [t.r for t in tasks]
             return holds, stacked, (B,), torch.stack(scales)
-
-    def refresh(self):
-        super().refresh()
-        self._stack = None
 
     def forward(self, *args, **kwargs):
         self._note_run()

@@ -85,6 +85,8 @@ class LoRALayer(Adapter):
     fan_in_fan_out = False
     # None: not built; False: not before the next train(), eval(), merge or refresh; else (W + ΔW, sources, stamps)
     _merged_copy = None
+    # a bank's frozen adapters in one piece: what its `_restack` made
+    _stack = None
     # in which modes it ran with gradients since train() or a new step: "off", "by row", a rank; empty: None alone
     _ran = frozenset()
 
@@ -152,8 +154,8 @@ class LoRALayer(Adapter):
         self.refresh()
 
     def refresh(self):
-        """Drop the merged copy; the next merged forward builds it from what the tensors hold then."""
-        self._merged_copy = None
+        """Drop the copies; the next forward that wants one builds it from what the tensors hold then."""
+        self._merged_copy = self._stack = None
 
     def train(self, mode=True):
         super().train(mode)
