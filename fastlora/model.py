@@ -39,14 +39,11 @@ def inject(model, r=8, lora_alpha=None, lora_dropout=0.0, target_modules="all-li
     Raises ValueError: a target without a match, a model injected before, a layer whose forward would be passed by.
     """
     plan = dict.fromkeys(find_targets(model, target_modules), (r, r if lora_alpha is None else lora_alpha))
-    adapt(model, plan, lora_dropout, dtype, first=1 if dynamic else None)
-    for layer in lora_layers(model).values() if dynamic else ():
-        layer.use_rank(1)
-    return model
+    return adapt(model, plan, lora_dropout, dtype, first=1 if dynamic else None)
 
 
 def adapt(model, plan, lora_dropout=0.0, dtype=None, first=None):
-    """`inject` with {module name: (r, lora_alpha)}; nothing changes if a layer refuses its r or the rank `first`."""
+    """`inject` with {module name: (r, lora_alpha)}, begun at rank `first`; if a layer refuses one nothing changes."""
     plain = not any(map(holds_adapters, model.modules()))
     check.value(plain, "model", "a model with LoRA layers", "a plain one, as remove(model) leaves it")
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
@@ -60,8 +57,11 @@ def adapt(model, plan, lora_dropout=0.0, dtype=None, first=None):
         layer, base = modules[name], like(modules[name])
         convert(layer)
         own = dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
-        layer.attach(r, lora_alpha, lora_dropout, own, base.device)
-        layer.reset_lora_parameters()
+        for _, part, _, _ in layer.places():
+            part.attach(r, lora_alpha, lora_dropout, own, base.device)
+            part.reset_lora_parameters()
+            if first:
+                part.use_rank(first)
     mark_only_lora_as_trainable(model)
     return model
 

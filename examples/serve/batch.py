@@ -52,14 +52,14 @@ class Packed:
     """
 
     def __init__(self, lists, rows, device, kept=()):
-        self.route = route = Route.from_rows(lists, rows, device)
-        self.lists, self.kept, self._last, self.base_only, self.pairs = lists, kept, None, route.base_only, frozenset()
+        self.route, self.kept_rows, self._last = Route.from_rows(lists, rows, device), [rows[t] for t in kept], None
+        self.lists, self.device, self.base_only, self.pairs = lists, device, self.route.base_only, frozenset()
 
     def for_layer(self, x):
         tokens = x.shape[:-1].numel()
         if tokens == self.route.tokens:
             return self.route
         if self._last is None:
-            self._last = self.route.take(self.kept)
-        check.value(tokens == self._last.tokens, "x", f"{tokens} tokens", f"{self.route.tokens} or {len(self.kept)}")
+            self._last = Route.from_rows(self.lists, self.kept_rows, self.device)
+        check.value(tokens == self._last.tokens, "x", f"{tokens} tokens", f"{self.route.tokens} or {self._last.tokens}")
         return self._last

@@ -151,11 +151,8 @@ def _adapted_weights(layers, tensors):
     """{name of a weight: [(rows, the layer that adapts them, its lora_A, its lora_B)]} of the adapters in `tensors`."""
     found = {}
     for path, layer in layers.items():
-        each = layer.projections() if layer.kind == "attention" else {"": layer} if layer.kind != "projection" else {}
-        for letter, holder in each.items():
-            _, weight, rows = layer._place(letter) if letter else (layer, "weight", slice(None))
-            pair = [tensors.get(join(path, letter and f"lora_{letter}", f"lora_{x}")) for x in "AB"]
+        for below, holder, weight, rows in layer.places() if layer.kind != "projection" else ():
+            pair = [tensors.get(join(path, below, f"lora_{x}")) for x in "AB"]
             if all(t is not None for t in pair):
-                place = join(path, "out_proj" if letter == "o" else "", weight)
-                found.setdefault(place, []).append((rows, holder, *pair))
+                found.setdefault(join(path, weight), []).append((rows, holder, *pair))
     return found

@@ -19,7 +19,6 @@ class ProjectionLoRA(LinearLoRA, nn.Module):
     """The adapter of one projection, whose W (out_features, in_features) belongs to the attention layer."""
 
     kind = "projection"
-    stacks = True
 
     def __init__(self, in_features, out_features):
         super().__init__()
@@ -41,14 +40,6 @@ class AttentionLoRA:
             out_features, in_features = self.projection_weights()[name].shape
             self.add_module(f"lora_{name}", cls(in_features, out_features).train(self.training))
 
-    def attach(self, r, lora_alpha, lora_dropout, dtype, device):
-        for projection in self.projections().values():
-            projection.attach(r, lora_alpha, lora_dropout, dtype, device)
-
-    def reset_lora_parameters(self):
-        for projection in self.projections().values():
-            projection.reset_lora_parameters()
-
     def projections(self):
         """{"q": ProjectionLoRA, …} of those that have an adapter."""
         return {name: self._modules[f"lora_{name}"] for name in PROJECTIONS if f"lora_{name}" in self._modules}
@@ -65,28 +56,19 @@ class AttentionLoRA:
 
     def check_merge(self, name):
         """Raise ValueError where a weight is no parameter (pruned, say), so that no W + ΔW can take its place."""
-        dense = all(key in owner._parameters for owner, key, _ in map(self._place, self.projections()))
+        held = dict(self.named_parameters(remove_duplicate=False))
+        dense = all(weight in held for _, _, weight, _ in self.places())
         check.value(dense, name, f"a {type(self).__name__}, which has no dense weight", "a layer to merge into")
 
-    @torch.no_grad()
-    def merge_projections(self):
-        """Put W + ΔW into new parameters: the end of a merge in place."""
-        held = {name: projection for name, projection in self.projections().items() if projection.r}
-        for name, projection in held.items():
-            owner, key, rows = self._place(name)
-            weight = owner._parameters[key]
-            merged = weight.detach().clone()
-            merged[rows] += projection.update(*projection.adapters())
-            owner._parameters[key] = nn.Parameter(merged, requires_grad=weight.requires_grad)
-
-    def _place(self, name):
-        """(module, parameter's name, rows) that hold a projection's W."""
-        if name == "o":
-            return self.out_proj, "weight", slice(None)
-        if self._qkv_same_embed_dim:
-            start = PROJECTIONS.index(name) * self.embed_dim
-            return self, "in_proj_weight", slice(start, start + self.embed_dim)
-        return self, f"{name}_proj_weight", slice(None)
+    def places(self):
+        for name, projection in self.projections().items():
+            weight, rows = f"{name}_proj_weight", slice(None)
+            if name == "o":
+                weight = "out_proj.weight"
+            elif self._qkv_same_embed_dim:
+                start = PROJECTIONS.index(name) * self.embed_dim
+                weight, rows = "in_proj_weight", slice(start, start + self.embed_dim)
+            yield f"lora_{name}", projection, weight, rows
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         names.adopt(self, state_dict, prefix)
@@ -195,7 +177,8 @@ class MultiheadAttention(AttentionLoRA, nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, **kwargs)
         if r:
             self.add_projections(enable_lora)
-            self.attach(r, lora_alpha, lora_dropout, self.out_proj.weight.dtype, self.out_proj.weight.device)
-            self.reset_lora_parameters()
-            for owner, key, _ in map(self._place, enable_lora):
-                owner._parameters[key].requires_grad = False
+            weight = self.out_proj.weight
+            for _, projection, name, _ in self.places():
+                projection.attach(r, lora_alpha, lora_dropout, weight.dtype, weight.device)
+                projection.reset_lora_parameters()
+                self.get_parameter(name).requires_grad = False

@@ -8,8 +8,10 @@ from urllib.parse import unquote
 import torch
 from torch import nn
 
+from fastlora.nn.attention import ProjectionLoRA
 from fastlora.nn.convert import check_convertible, convert
 from fastlora.nn.layer import Adapter, LoRALayer
+from fastlora.nn.linear import DenseLoRA
 from fastlora.nn.switch import Stacked, cannot_know, checkpoint_context, is_off, is_recompute, selection, switch
 from fastlora.ops import check
 
@@ -75,8 +77,6 @@ class Bank(Chooser):
 
     # in a mixture, whose layers may have gates of their own: the number of this layer
     place = None
-    # what `_restack` made
-    _stack = None
 
     def chosen(self):
         """(keys, gates) in force here; a mixture's bank takes its own of the gates, of the adapters that it has."""
@@ -126,7 +126,8 @@ class Bank(Chooser):
 
     def _restack(self, keys):
         """(whether it holds yet, lora_A, lora_B, scaling) of a copy of frozen adapters in one piece; None for none."""
-        if len(keys) < 2 or not self.stacks:
+        # only these call `lora_linear`, whose A and B may hold several adapters
+        if len(keys) < 2 or not isinstance(self, (DenseLoRA, ProjectionLoRA)):
             return None
         tasks = pick(self.tasks, keys)
         holders, scales = [task._parameters for task in tasks], [task.scaling for task in tasks]
@@ -146,16 +147,12 @@ class Bank(Chooser):
         # out of inference mode, as a merged copy
         with torch.inference_mode(False), torch.no_grad():
             A, B = torch.cat([t.lora_A for t in tasks]), torch.cat([t.lora_B for t in tasks], 1)
-            half = self.weight.dtype if self.kind == "linear" else None
+            half = self.weight.dtype if isinstance(self, DenseLoRA) else None
             if A.dtype == torch.float32 and half in (torch.bfloat16, torch.float16):
                 A, B = A.to(half), B.to(half)
             stacked = Stacked((A,))
             stacked.ranks = [t.r for t in tasks]
             return holds, stacked, (B,), torch.stack(scales)
-
-    def refresh(self):
-        super().refresh()
-        self._stack = None
 
     def forward(self, *args, **kwargs):
         self._note_run()

@@ -103,16 +103,21 @@ def convert(module, *mixins):
         module.fan_in_fan_out = True
 
 
+@torch.no_grad()
 def restore(module, merged):
     """Make a LoRA layer its base again, with W + ΔW as a new weight if `merged`."""
-    base, attention = type(module).lora_base, isinstance(module, AttentionLoRA)
-    if attention and merged:
-        module.merge_projections()
-    changed, turned = not attention and merged and module.r, getattr(module, "fan_in_fan_out", False)
-    if changed or turned and base is nn.Linear:
-        weight = module.merged_weight() if changed else module.base_weight().detach()
-        weight = weight.t() if turned and base is not nn.Linear else weight
-        module.weight = nn.Parameter(weight.contiguous(), requires_grad=module.weight.requires_grad)
+    base, turned = type(module).lora_base, getattr(module, "fan_in_fan_out", False)
+    for _, layer, name, rows in module.places() if merged else ():
+        if layer.r:
+            path, _, key = name.rpartition(".")
+            owner = module.get_submodule(path)
+            weight = getattr(owner, key)
+            new, update = weight.detach().clone(memory_format=torch.contiguous_format), layer.update(*layer.adapters())
+            new[rows] += update.t() if turned else update
+            setattr(owner, key, nn.Parameter(new, requires_grad=weight.requires_grad))
+    if turned and base is nn.Linear:
+        weight = module.weight
+        module.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
     for name in _OWN:
         for attributes in (module._parameters, module._modules, vars(module)):
             attributes.pop(name, None)

@@ -83,10 +83,10 @@ class LoRALayer(Adapter):
     merged = False
     merge_weights = False
     fan_in_fan_out = False
-    # whether several adapters may be given as one tensor: what `nn.bank` makes of frozen ones
-    stacks = False
     # None: not built; False: not before the next train(), eval(), merge or refresh; else (W + ΔW, sources, stamps)
     _merged_copy = None
+    # a bank's frozen adapters in one piece: what its `_restack` made
+    _stack = None
     # in which modes it ran with gradients since train() or a new step: "off", "by row", a rank; empty: None alone
     _ran = frozenset()
 
@@ -111,6 +111,10 @@ class LoRALayer(Adapter):
 
     def check_merge(self, name):
         """Raise ValueError for a layer, of this name, whose W + ΔW is not one dense weight."""
+
+    def places(self):
+        """[(name below, layer, its W's name below, rows of it)] of the layers with an adapter that this consists of."""
+        return [("", self, "weight", slice(None))]
 
     def biases(self):
         """{name: parameter} of what `bias="lora_only"` trains beside the adapter."""
@@ -150,8 +154,8 @@ class LoRALayer(Adapter):
         self.refresh()
 
     def refresh(self):
-        """Drop the merged copy; the next merged forward builds it from what the tensors hold then."""
-        self._merged_copy = None
+        """Drop the copies; the next forward that wants one builds it from what the tensors hold then."""
+        self._merged_copy = self._stack = None
 
     def train(self, mode=True):
         super().train(mode)
@@ -215,7 +219,7 @@ class LoRALayer(Adapter):
 
     def base_weight(self):
         """W as this library's formulas have it: (out, in) for a linear layer."""
-        return self.weight
+        return self.weight.t() if self.fan_in_fan_out else self.weight
 
     @torch.no_grad()
     def merged_weight(self):

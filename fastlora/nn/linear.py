@@ -41,8 +41,6 @@ class LinearLoRA(LoRALayer):
 class DenseLoRA(LinearLoRA):
     """The layer whose W is a dense parameter: one op call per forward."""
 
-    stacks = True
-
     def forward(self, x):
         if self.merged or switch.apart or self._ran or self.rank or not self.r:
             return LoRALayer.forward(self, x)
@@ -63,9 +61,6 @@ class DenseLoRA(LinearLoRA):
 
     def adapted(self, x, A, B, scaling, gates):
         return self.project(x, self.base_weight(), self.bias, A, B, scaling, gates)
-
-    def base_weight(self):
-        return self.weight.t() if self.fan_in_fan_out else self.weight
 
 
 class OpaqueLoRA(LinearLoRA):
@@ -123,7 +118,6 @@ class MergedLinear(Linear):
 
     lora_base = nn.Linear
     kind = "merged"
-    stacks = False
     forward = LoRALayer.forward
 
     def __init__(self, in_features, out_features, r=0, lora_alpha=1, lora_dropout=0.0, enable_lora=(False,),

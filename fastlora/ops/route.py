@@ -1,6 +1,7 @@
 """Which adapters each token uses: built once for a batch on the host, read by every layer."""
 
 import copy
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +19,47 @@ class Route:
     dimensions in row-major order. Tokens that use the same slots make one segment, wherever they are: `order` (T,)
     puts them together, `tiles` (tiles, 3) cuts that into (first position, at most 16 tokens, slots in their list).
     `plan`, on the CPU: G segments, their starts (G + 1), the starts of their lists (G + 1), the lists. All of it is
-    on `device` otherwise. Raises ValueError for offsets, slots or gates that are no such lists.
+    on `device` otherwise. With `rows` (R,) the tokens are R, and token t uses list rows[t] of those given instead.
+    Raises ValueError for offsets, slots or gates that are no such lists.
     """
 
-    def __init__(self, offsets, slots, gates=None, device=None):
+    def __init__(self, offsets, slots, gates=None, device=None, rows=None):
         offsets, slots = _integers("offsets", offsets), _integers("slots", slots)
-        whole = offsets.size and offsets[0] == 0 and offsets[-1] == slots.size and (np.diff(offsets) >= 0).all()
+        lengths = np.diff(offsets)
+        whole = offsets.size and offsets[0] == 0 and offsets[-1] == slots.size and (lengths >= 0).all()
         check.value(whole, "offsets", offsets.tolist()[:8], f"numbers that rise from 0 to {slots.size}")
-        bounds, flat = offsets.tolist(), slots.tolist()
-        lists = [tuple(flat[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-        self._build(lists, np.arange(len(lists)), offsets, slots, gates, device)
+        gates = torch.ones(len(slots)) if gates is None else torch.as_tensor(gates)
+        gates = gates if gates.dtype == torch.float64 else gates.float()
+        check.value(gates.shape == (len(slots),), "gates", f"shape {tuple(gates.shape)}", f"({len(slots)},), as slots")
+        finite = bool(gates.detach().isfinite().all())
+        check.value(finite, "gates", "infinity or NaN", "finite numbers")
+        bounds, flat, numbers = offsets.tolist(), slots.tolist(), {}
+        lists = (tuple(flat[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+        group = np.array([numbers.setdefault(listed, len(numbers)) for listed in lists], np.int64)
+        if rows is not None:
+            group, starts, lengths = group[rows], offsets[:-1][rows], lengths[rows]
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            entries = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+            slots, gates = slots[entries], gates[torch.from_numpy(entries).to(gates.device)]
+        counts = np.bincount(group, minlength=len(numbers))
+        used = [(listed, count) for listed, count in zip(numbers, counts.tolist(), strict=True) if count]
+        starts = [0, *accumulate(count for _, count in used)]
+        bounds = [0, *accumulate(len(listed) for listed, _ in used)]
+        every = [slot for listed, _ in used for slot in listed]
+        self.plan = torch.tensor([len(used), *starts, *bounds, *every])
+        tiles = [
+            (start + i, min(TILE, count - i), len(listed))
+            for start, (listed, count) in zip(starts, used, strict=False)
+            for i in range(0, count, TILE)
+            if listed
+        ]
+        self.base_only = not tiles
+        self.offsets = torch.from_numpy(offsets.astype(np.int32)).to(device)
+        self.slots, self.gates = torch.from_numpy(slots.astype(np.int32)).to(device), gates.to(device)
+        self.order = torch.from_numpy(np.argsort(group, kind="stable")).to(device)
+        self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, 3)
+        # how many tokens it is for, and what the op takes beside the gates
+        self.tokens, self.tensors = len(group), (self.offsets, self.slots, self.order, self.tiles, self.plan)
 
     @classmethod
     def from_lists(cls, lists, device=None):
@@ -39,56 +71,16 @@ class Route:
         """The route of tokens each of which uses the list of (slot, gate) of its row; −1 is a token without any."""
         rows = _integers("rows", rows, -1)
         check.value(not rows.size or rows.max() < len(lists), "rows", rows.tolist()[:8], f"rows below {len(lists)}")
-        lists = [*lists, ()]
-        lengths = np.array([len(entries) for entries in lists])
-        first = np.cumsum(lengths) - lengths
-        offsets = np.concatenate([[0], np.cumsum(lengths[rows])])
-        at = np.arange(offsets[-1]) + np.repeat(first[rows] - offsets[:-1], lengths[rows])
+        # the last one is that of −1
+        offsets = [0, *accumulate(map(len, (*lists, ())))]
         flat = [entry for entries in lists for entry in entries]
-        slots = _integers("slots", [slot for slot, _ in flat])[at]
-        gates = torch.from_numpy(np.array([gate for _, gate in flat], np.float32)[at])
-        self = cls.__new__(cls)
-        self._build([tuple(slot for slot, _ in entries) for entries in lists], rows, offsets, slots, gates, device)
-        return self
-
-    def _build(self, lists, rows, offsets, slots, gates, device):
-        numbers = {}
-        group = np.array([numbers.setdefault(slots, len(numbers)) for slots in lists], np.int64)[rows]
-        order = np.argsort(group, kind="stable")
-        counts = np.bincount(group, minlength=len(numbers))
-        used = [(slots, count) for slots, count in zip(numbers, counts.tolist(), strict=True) if count]
-        starts = np.cumsum([0, *(count for _, count in used)])
-        bounds = np.cumsum([0, *(len(slots) for slots, _ in used)])
-        listed = [slot for slots, _ in used for slot in slots]
-        self.plan = torch.from_numpy(np.concatenate([[len(used)], starts, bounds, listed]).astype(np.int64))
-        tiles = [
-            (start + i, min(TILE, count - i), len(slots))
-            for start, (slots, count) in zip(starts.tolist(), used, strict=False)
-            for i in range(0, count, TILE)
-            if slots
-        ]
-        gates = torch.ones(len(slots)) if gates is None else torch.as_tensor(gates)
-        gates = gates if gates.dtype == torch.float64 else gates.float()
-        check.value(gates.shape == (len(slots),), "gates", f"shape {tuple(gates.shape)}", f"({len(slots)},), as slots")
-        finite = bool(gates.detach().isfinite().all())
-        check.value(finite, "gates", "infinity or NaN", "finite numbers")
-        self.base_only = not tiles
-        self.offsets = torch.from_numpy(offsets.astype(np.int32)).to(device)
-        self.slots, self.gates = torch.from_numpy(slots.astype(np.int32)).to(device), gates.to(device)
-        self.order = torch.from_numpy(order).to(device)
-        self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, 3)
-        # how many tokens it is for, and what the op takes beside the gates
-        self.tokens, self.tensors = len(order), (self.offsets, self.slots, self.order, self.tiles, self.plan)
+        gates = np.array([gate for _, gate in flat], np.float32)
+        return cls(offsets, [slot for slot, _ in flat], gates, device, rows)
 
     def take(self, tokens):
         """The route of these tokens alone, in this order."""
-        tokens = _integers("tokens", tokens)
-        offsets, slots = self.offsets.cpu().numpy(), self.slots.cpu().numpy()
-        lengths = np.diff(offsets)[tokens]
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        at = np.arange(bounds[-1]) + np.repeat(offsets[tokens] - bounds[:-1], lengths)
-        gates = self.gates[torch.from_numpy(at).to(self.gates.device)]
-        return Route(bounds, slots[at], gates, self.order.device)
+        tokens, used = _integers("tokens", tokens), slice(int(self.offsets[-1]))
+        return Route(self.offsets, self.slots[used], self.gates[used], self.order.device, tokens)
 
     def with_room(self, entries, tiles):
         """This route in buffers for so many entries and tiles: what a graph that was captured with it reads."""
@@ -120,8 +112,8 @@ class Route:
 
 def _integers(name, given, least=0):
     array = np.asarray(given.cpu() if isinstance(given, torch.Tensor) else given)
-    whole = array.ndim == 1 and (not array.size or array.dtype.kind in "iu")
-    check.value(whole, name, f"{array.dtype} of shape {array.shape}", "a sequence of integers")
+    if array.ndim != 1 or array.size and array.dtype.kind not in "iu":
+        check.value(False, name, f"{array.dtype} of shape {array.shape}", "a sequence of integers")
     array = array.astype(np.int64)
     check.value(not array.size or array.min() >= least, name, array[:8].tolist(), f"integers of at least {least}")
     return array

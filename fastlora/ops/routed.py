@@ -78,6 +78,8 @@ def _uses(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages)
     (tokens, entries, gates (m, 1), the pair's number, negative in pages, A (k, r, in), B (r, out), scale, c − 1 or
     None), the last four at x's precision.
     """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("fastlora: lora_routed: a captured graph would keep this batch's lists; pin 'triton'")
     (offsets, _, order, _, plan), to = route, wide(x)
     S, scales = pages[2].shape[0] if pages else 0, scaling.to(x.device, to).expand(len(lora_A))
     for start, stop, listed in _segments(plan):
@@ -93,13 +95,7 @@ def _uses(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages)
             yield tokens, entries, gates[entries, None].to(to), e, a, b, scale.to(to), None if d is None else d.to(to)
 
 
-def _refuse_capture(x):
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("fastlora: lora_routed: a captured graph would keep this batch's lists; pin 'triton'")
-
-
 def lora_routed_forward_reference(x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages):
-    _refuse_capture(x)
     x2, widths = flat(x), list(slices) or [len(weight)]
     z = x2.new_zeros(len(gates), len(widths), _rank_rows(lora_B, pages), dtype=wide(x))
     v = F.linear(x2, weight).to(z.dtype)
@@ -118,7 +114,6 @@ def lora_routed_forward_reference(x, weight, lora_A, lora_B, scaling, bias, rout
 def lora_routed_backward_reference(
     dy, x, weight, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages, z, needs
 ):
-    _refuse_capture(x)
     need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates = needs
     x2, dy2, widths = flat(x), flat(dy).to(z.dtype), list(slices) or [len(weight)]
     z, wide_x = z.unflatten(1, (len(widths), z.shape[1] // len(widths))), x2.to(z.dtype)
