@@ -17,6 +17,13 @@ from fastlora.nn.bank import Owner, Wrapper, escape
 from fastlora.nn.convert import like
 from fastlora.ops import check
 
+# xlora's names, of which two are every model's
+__all__ = [
+    "add_xlora_to_model", "disable_scalings_logging", "enable_scalings_logging", "flush_log_scalings",
+    "from_pretrained", "get_nb_trainable_parameters", "print_scalings_predictions", "print_trainable_parameters",
+    "set_scalings_with_lifetime", "xLoRAModel",
+]  # fmt: skip
+
 # a weak reference to the one that the first version's functions mean, which name no model
 _latest = None
 _numbers = itertools.count()
