@@ -14,6 +14,12 @@ from fastlora.nn.layer import LoRALayer, check_adapter
 from fastlora.nn.switch import turned_off
 from fastlora.ops import check
 
+# what `fastlora` itself has of it
+__all__ = [
+    "disable_adapter", "enable_input_require_grads", "inject", "mark_only_lora_as_trainable", "merge",
+    "merge_and_export", "print_trainable_parameters", "refresh", "remove", "set_scale", "unmerge",
+]  # fmt: skip
+
 
 def lora_layers(model, named_tasks=False):
     """{name: layer} of the layers with an adapter; ValueError for a model without LoRA layers of any rank.

@@ -160,13 +160,14 @@ def read_adapter(model, source, dora=False, unsafe=False):
     With `dora` its magnitudes are config["magnitudes"], by layer; with `unsafe` a pickled .bin file is read as well.
     """
     config, stored = open_adapter(source, dora, unsafe)
-    tensors, magnitudes = {}, {}
+    factors, magnitudes, others = {}, {}, {}
     for key, tensor in stored.items():
         magnitude = dora and "lora_magnitude_vector" in key
         name = from_any_name(key.replace("lora_magnitude_vector", "lora_A") if magnitude else key)
-        put(magnitudes if magnitude else tensors, name, tensor)
+        factor = re.search(r"(^|\.)lora_[AB]$", name)
+        put(magnitudes if magnitude else factors if factor else others, name, tensor)
     config = {**config, "magnitudes": {name.removesuffix(".lora_A"): m for name, m in magnitudes.items()}}
-    return _plan(model, config, tensors), config, _check_base_tensors(model, config, tensors)
+    return _plan(model, config, factors), config, _check_base_tensors(model, config, others)
 
 
 def open_adapter(source, dora=False, unsafe=False):
@@ -192,10 +193,10 @@ def open_adapter(source, dora=False, unsafe=False):
 Planned = collections.namedtuple("Planned", ["path", "r", "lora_alpha", "lora_A", "lora_B"])
 
 
-def _plan(model, config, tensors):
+def _plan(model, config, factors):
     """{adapter's name: Planned} of what a file holds, its shapes checked against the model's layers."""
     plan, modules = {}, dict(model.named_modules())
-    for path, entries in _by_layer(modules, tensors).items():
+    for path, entries in _by_layer(modules, factors).items():
         module = modules.get(path)
         kind = type(module) if holds_adapters(module) else kind_of(module)
         got = f"a {type(model).__name__} without a layer {path!r} that can have one"
@@ -236,13 +237,11 @@ def alpha_of(config, path, r):
     return alpha * math.sqrt(r) if config.get("use_rslora") else alpha
 
 
-def _by_layer(modules, tensors):
+def _by_layer(modules, factors):
     """{layer's name: {name below it: tensor}} of adapters; an attention layer's output projection is its own."""
     found = {}
-    for name, tensor in tensors.items():
+    for name, tensor in factors.items():
         path, _, key = name.rpartition(".")
-        if key not in ("lora_A", "lora_B"):
-            continue
         above, _, child = path.rpartition(".")
         if child == "out_proj" and isinstance(modules.get(above), nn.MultiheadAttention):
             path, key = above, f"out_proj.{key}"
@@ -254,8 +253,6 @@ def _check_base_tensors(model, config, tensors):
     """[(parameter, its trained value)]: biases. PEFT also saves copies of embeddings, which must be the model's own."""
     state, trained = model.state_dict(keep_vars=True), []
     for name, tensor in tensors.items():
-        if re.search(r"(^|\.)lora_[AB]$", name):
-            continue
         known = name in state and state[name].shape == tensor.shape
         check.value(known, "adapter_model.safetensors", f"the tensor {name!r}", "lora_A, lora_B or one of the model's")
         if "bias" in name and config.get("bias", "none") != "none":

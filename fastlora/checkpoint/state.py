@@ -7,11 +7,11 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from fastlora.model import lora_layers
 from fastlora.nn.fastpath import holds_adapters
-from fastlora.nn.names import DIALECTS, base_name, from_any_name, put, read, write
+from fastlora.nn.names import base_name, from_any_name, put, read, write
 from fastlora.ops import check
 
 # PEFT's names are those of a folder, with its config: save_adapter
-_NAMES = tuple(name for name in DIALECTS if name != "peft")
+_NAMES = ("fastlora", "loralib", "loratorch", "tasks")
 
 
 def is_adapter(name):
@@ -123,10 +123,8 @@ def unmerged(layers, tensors, base):
         if name not in tensors or not tensors[name].is_floating_point():
             continue
         check.value(name in base, "base", f"no {name}", "a state dict of the pretrained model")
-        want = base[name]
-        got = tensors[name].to(want.device)
-        fits = got.shape == want.shape
-        check.value(fits, "base", f"{name} of shape {tuple(want.shape)}", tuple(got.shape))
+        got, want = tensors[name].to(base[name].device), base[name]
+        check.value(got.shape == want.shape, "base", f"{name} of shape {tuple(want.shape)}", tuple(got.shape))
         # ΔW, and the sum of the absolute values that it is made of
         update, size = torch.zeros_like(want, dtype=torch.float64), torch.zeros_like(want, dtype=torch.float64)
         for rows, layer, *pair in parts:

@@ -72,7 +72,7 @@ class xLoRAClassifier(nn.Module):
         self.config, self.experts = config, experts
         sizes = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1)]
         options = {"bias": config.use_bias, "device": config.device or like.device, "dtype": like.dtype}
-        self.inner = nn.ModuleList()
+        self.inner = nn.Sequential()
         for before, after in itertools.pairwise(sizes):
             self.inner.append(nn.Linear(before, after, **options))
             if config.enable_relu_and_dropout:
@@ -82,10 +82,8 @@ class xLoRAClassifier(nn.Module):
     def forward(self, hidden, attention_mask=None, input_ids=None):
         if not self.config.per_token:
             hidden = self.pool(hidden, attention_mask, input_ids)
-        hidden = hidden.to(self.last.weight.dtype)
-        for layer in (*self.inner, self.last):
-            hidden = layer(hidden)
-        scalings = hidden.unflatten(-1, (-1, self.experts))
+        logits = self.last(self.inner(hidden.to(self.last.weight.dtype)))
+        scalings = logits.unflatten(-1, (-1, self.experts))
         return (scalings / self.config.softmax_temperature).softmax(-1) if self.config.enable_softmax else scalings
 
     def pool(self, hidden, attention_mask, input_ids):

@@ -17,6 +17,13 @@ from fastlora.nn.bank import Owner, Wrapper, escape
 from fastlora.nn.convert import like
 from fastlora.ops import check
 
+# xlora's names, of which two are every model's
+__all__ = [
+    "add_xlora_to_model", "disable_scalings_logging", "enable_scalings_logging", "flush_log_scalings",
+    "from_pretrained", "get_nb_trainable_parameters", "print_scalings_predictions", "print_trainable_parameters",
+    "set_scalings_with_lifetime", "xLoRAModel",
+]  # fmt: skip
+
 # a weak reference to the one that the first version's functions mean, which name no model
 _latest = None
 _numbers = itertools.count()
@@ -45,10 +52,9 @@ class xLoRAModel(Wrapper):
         check.value(fits, "hidden_size", config.hidden_size, f"{size or 'a number'}, the model's")
         check.kind(isinstance(adapters, dict), "adapters", type(adapters).__name__, "a dictionary {name: folder}")
         self.owner, self.keys, self.expert_names = Owner(), tuple(map(escape, adapters)), list(adapters)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        self.trained_before = [p for p in model.parameters() if p.requires_grad]
         layers = open_experts(model, adapters, self.owner)
-        # past nn.Module's registration: they are the model's
-        self.__dict__.update(experts=list(layers.values()), trained_before=trained)
+        self.experts = list(layers.values())
         self.model, self.xlora_config, self.stacks = model.requires_grad_(False), copy.copy(config), []
         self.xlora_config.hidden_size = size
         try:
@@ -95,7 +101,7 @@ class xLoRAModel(Wrapper):
             handle.remove()
         if self.experts:
             make_plain(self.model, merged=False)
-        self.stacks, self.__dict__["experts"] = [], []
+        self.stacks, self.experts = [], []
         for parameter in self.trained_before:
             parameter.requires_grad = True
         return self.model

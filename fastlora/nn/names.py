@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 from fastlora.ops import check
 
-DIALECTS = ("fastlora", "loralib", "loratorch", "tasks", "peft")
 PEFT_OUT = 2
 # the form of convolution that a dialect can hold
 _FORMS = {"loralib": "loralib", "loratorch": "loralib", "tasks": "tasks", "peft": "peft"}
