@@ -57,6 +57,27 @@ def _expand_backward_kernel(
         tl.store(place, acc, mask=(rows < M)[:, None] & rank_in)
 
 
+@triton.jit
+def _gate_backward_kernel(
+    parts, z, t, dg, starts, M, R, E, zm, zr,
+    COUNT: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, RP: tl.constexpr,
+):  # fmt: skip
+    """t, the sum of its parts, and dg, the sums of t ⊙ z over the rank rows of BE adapters of RP rows or fewer."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    ranks = tl.load(starts + e, mask=e < E, other=0)[:, None] + tl.arange(0, RP)[None, :]
+    inside = ranks < tl.load(starts + e + 1, mask=e < E, other=0)[:, None]
+    ranks, inside = tl.reshape(ranks, (1, BE * RP)), (rows < M) & tl.reshape(inside, (1, BE * RP))
+    tt = tl.load(parts + rows * R + ranks, mask=inside, other=0.0)
+    # Unrolled, so that the loads of all parts are on their way together.
+    for part in tl.static_range(1, COUNT):
+        tt += tl.load(parts + (rows + part * M) * R + ranks, mask=inside, other=0.0)
+    if COUNT > 1:
+        tl.store(t + rows * R + ranks, tt, mask=inside)
+    tt *= tl.load(z + rows * zm + ranks * zr, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dg + rows * E + e[None, :], tl.sum(tl.reshape(tt, (BM, BE, RP)), 2), mask=(rows < M) & (e < E)[None, :])
+
+
 @lru_cache(maxsize=4096)
 def _plan(M, N, R, itemsize):
     """(grid, constants and options) of y + (z ⊙ g) b."""
@@ -76,12 +97,34 @@ def _backward_plan(M, N, R, itemsize, device):
     return count, tall, config.cdiv(steps, count) * c.BN, (tall, count, wide), options
 
 
+def _gate_backward(parts, count, z, scaling, gates, ranks, needs):
+    """(t, dscaling, dgates) from the parts of t and z before the gate; each in its own shape, type and device."""
+    dscaling = dgates = z.new_empty(0)
+    if not any(needs):
+        return tile.total(parts, count), dscaling, dgates
+    z2, ranks = tile.rows_of(z), tuple(ranks) or (1,) * z.shape[-1]
+    (M, R), E, (_, starts) = z2.shape, len(ranks), tile.rank_rows(ranks, z.device)
+    t, dg = parts if count == 1 else parts.new_empty((M, R)), parts.new_empty((*z.shape[:-1], E))
+    # 512 elements a program, 64 or more of them in a row.
+    RP = triton.next_power_of_2(max((1, *ranks)))
+    BE = max(min(triton.next_power_of_2(E), 64 // RP), 1)
+    BM = max(512 // (BE * RP), 1)
+    sizes = M, R, E, *z2.stride(), count, BM, BE, RP
+    tile.launch(_gate_backward_kernel, (config.cdiv(M, BM), config.cdiv(E, BE)), z, parts, z2, t, dg, starts, *sizes)
+    if needs[0]:
+        every = dg if gates is None else dg * gates
+        dscaling = every.sum_to_size(scaling.shape).to(scaling.device, scaling.dtype)
+    if needs[1]:
+        dgates = (dg * scaling.to(t.device)).sum_to_size(gates.shape).to(gates.dtype)
+    return t, dscaling, dgates
+
+
 def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
     """(t = dy b (M, R) fp32, the gate of its rows, [dB], dscaling, dgates) of a matrix dy, those that are needed."""
     need_t, need_b, *of_gate = needs
     need_t = need_t or any(of_gate)
     z2, b, g = tile.rows_of(z), tile.join(lora_B, 1), tile.gate(scaling, gates, ranks, z)
-    (M, N), R, t, db = dy.shape, b.shape[1], None, None
+    (M, N), R, t, db, count = dy.shape, b.shape[1], None, None, 1
     if not (M and N and R):
         t, db = dy.new_zeros((M, R), dtype=torch.float32), dy.new_zeros((N, R), dtype=torch.float32)
     elif need_t or need_b:
@@ -93,8 +136,9 @@ def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
             dy, z2, g.rows, b, t, db, g.scale, M, N, R, *dy.stride(), *z2.stride(), g.gm, g.gr, *b.stride(), chunk,
             NEED_T=need_t, NEED_DB=need_b, **options,
         )  # fmt: skip
-        t, db = tile.total(t, count), tile.total(db, blocks)
-    return t, g, tile.split(db, lora_B, 1) if need_b else [], *tile.gate_backward(t, z, scaling, gates, ranks, *of_gate)
+        db = tile.total(db, blocks)
+    t, *grads = _gate_backward(t, count, z, scaling, gates, ranks, of_gate)
+    return t, g, tile.split(db, lora_B, 1) if need_b else [], *grads
 
 
 def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):

@@ -55,6 +55,10 @@ def calls():
         x, w = meta(M, K, dtype=dtype), meta(N, K, dtype=dtype)
         return linear.lora_linear_forward(x, w, [a], [b], scaling, bias, g, [], c, p, seed if p else None)
 
+    def gated(M, ranks, E):
+        z, b, g = meta(M, sum(ranks), dtype=fp32), meta(4096, sum(ranks)), meta(M, E, dtype=fp32)
+        return expand.lora_expand_backward(meta(M, 4096), z, [b], scaling, g, ranks, [], [True, True, False, True])
+
     def backward(M, K=4096, N=4096, R=16, dtype=torch.bfloat16, adapters=None, gates=False, p=0.0):
         a, b = meta(R, K, dtype=adapters or dtype), meta(N, R, dtype=adapters or dtype)
         g = meta(M, R, dtype=torch.float32) if gates else None
@@ -115,6 +119,10 @@ def calls():
         "tma backward M=512": lambda: tma(backward, 512),
         "expand M=8192": lambda: expanded(8192),
         "expand M=16 fp32": lambda: expanded(16, fp32),
+        "gates M=8192": lambda: gated(8192, [16], 1),
+        "gates M=8192 E=8": lambda: gated(8192, [16] * 8, 8),
+        "gates M=16 E=8": lambda: gated(16, [16] * 8, 8),
+        "gates M=16 of rank rows": lambda: gated(16, [1] * 16, 16),
         "shrink_backward M=8192 dropout": lambda: shrink.lora_shrink_backward(
             meta(8192, 16, dtype=fp32), meta(8192, 4096), [meta(16, 4096)], 0.1, seed, [True, True]
         ),
