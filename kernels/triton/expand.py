@@ -79,9 +79,9 @@ def _gate_backward_kernel(
 
 
 @lru_cache(maxsize=4096)
-def _plan(M, N, R, itemsize):
+def plan(M, N, R, itemsize):
     """(grid, constants and options) of y + (z ⊙ g) b."""
-    c, RP = config.expand(M, itemsize), config.rank_block(R)
+    c, RP = config.expand(M, itemsize), config.rank_block(R, 32)
     options = dict(BM=c.BM, BN=c.BN, RP=RP, ONE=R <= RP, num_warps=c.warps, num_stages=c.stages)
     return (config.cdiv(M, c.BM), config.cdiv(N, c.BN)), options
 
@@ -141,6 +141,11 @@ def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
     return t, g, tile.split(db, lora_B, 1) if need_b else [], *grads
 
 
+def gated(t, g):
+    """dz = t ⊙ g (M, R)."""
+    return t * g.scale if g.rows is None else t * g.scale * g.rows
+
+
 def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
     """A new y with the update added to all columns or to columns [start, stop)."""
     y2, z2, b = tile.rows_of(y), tile.rows_of(z), tile.join(lora_B, 1)
@@ -149,7 +154,7 @@ def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
     if not (M and N and R):
         return out.copy_(y)
     g, (start, stop) = tile.gate(scaling, gates, ranks, z), columns or (0, N)
-    grid, options = _plan(M, N, R, y.element_size())
+    grid, options = plan(M, N, R, y.element_size())
     tile.launch(
         _expand_kernel, grid, y,
         y2, z2, g.rows, b, out, g.scale, M, N, R, start, stop - start,
@@ -162,7 +167,4 @@ def lora_expand_backward(dy, z, lora_B, scaling, gates, ranks, columns, needs):
     """(dz, [dB], dscaling, dgates) of the outputs that are needed."""
     part = dy[..., columns[0] : columns[1]] if columns else dy
     t, g, *grads = expand_backward(tile.rows_of(part), z, lora_B, scaling, gates, ranks, needs)
-    dz = z.new_empty(0)
-    if needs[0]:
-        dz = (t * g.scale if g.rows is None else t * g.scale * g.rows).to(z.dtype).view(z.shape)
-    return dz, *grads
+    return gated(t, g).to(z.dtype).view(z.shape) if needs[0] else z.new_empty(0), *grads
