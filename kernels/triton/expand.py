@@ -12,17 +12,30 @@ from . import config, tile
 
 @triton.jit
 def _expand_kernel(
-    y, z, g, b, out, scale, M, N, R, start, width, ym, yn, zm, zr, gm, gr, bn, br,
+    y, z, g, b, out, ids, gathered, scale, M, N, R, V, start, width, ym, yn, zm, zr, gm, gr, bn, br,
     BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y; b's column 0 lies at y's column `start`."""
+    """A tile of y; b's column 0 lies at y's column `start`. With ids, z is the rows they name of a table [V, R]."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (rows < M)[:, None] & (cols < N)[None, :]
     acc = tl.load(y + rows[:, None] * ym + cols[None, :].to(tl.int64) * yn, mask=inside, other=0.0).to(tl.float32)
     to: tl.constexpr = y.dtype.element_ty
-    acc = tile.update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols - start, M, width, R, to, RP, ONE)
+    known = rows
+    if ids is not None:
+        token = tl.load(ids + rows, mask=rows < M, other=-1).to(tl.int64)
+        # What names no row of the table reads as a row beyond the last: zeros.
+        known = tl.where((token >= 0) & (token < V), rows, M)
+        z += token[:, None] * zm
+        zm = 0
+    acc = tile.update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, known, cols - start, M, width, R, to, RP, ONE)
     tl.store(out + rows[:, None] * N + cols[None, :], acc.to(to), mask=inside)
+    if ids is not None:
+        # Every block of columns gathers z, the first one stores it.
+        for first in range(0, tl.where(tl.program_id(1) == 0, R, 0), RP):
+            ranks = first + tl.arange(0, RP)
+            zt = tile.load_gated(z, zm, zr, None, 0, 0, 1.0, known, ranks, M, R, tl.float32)
+            tl.store(gathered + rows[:, None] * R + ranks[None, :], zt, mask=(rows < M)[:, None] & (ranks < R)[None, :])
 
 
 @triton.jit
@@ -79,7 +92,7 @@ def _gate_backward_kernel(
 
 
 @lru_cache(maxsize=4096)
-def plan(M, N, R, itemsize):
+def _plan(M, N, R, itemsize):
     """(grid, constants and options) of y + (z ⊙ g) b."""
     c, RP = config.expand(M, itemsize), config.rank_block(R, 32)
     options = dict(BM=c.BM, BN=c.BN, RP=RP, ONE=R <= RP, num_warps=c.warps, num_stages=c.stages)
@@ -146,19 +159,20 @@ def gated(t, g):
     return t * g.scale if g.rows is None else t * g.scale * g.rows
 
 
-def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
-    """A new y with the update added to all columns or to columns [start, stop)."""
+def lora_expand(y, z, lora_B, scaling, gates, ranks, columns, table=None, ids=None):
+    """A new y with the update added to all columns or to [start, stop); with ids z is filled from a table [V, R]."""
     y2, z2, b = tile.rows_of(y), tile.rows_of(z), tile.join(lora_B, 1)
     (M, N), R = y2.shape, z2.shape[1]
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if not (M and N and R):
         return out.copy_(y)
     g, (start, stop) = tile.gate(scaling, gates, ranks, z), columns or (0, N)
-    grid, options = plan(M, N, R, y.element_size())
+    grid, options = _plan(M, N, R, y.element_size())
+    source, gathered = (z2, None) if ids is None else (table, z2)
     tile.launch(
         _expand_kernel, grid, y,
-        y2, z2, g.rows, b, out, g.scale, M, N, R, start, stop - start,
-        *y2.stride(), *z2.stride(), g.gm, g.gr, *b.stride(), **options,
+        y2, source, g.rows, b, out, ids, gathered, g.scale, M, N, R, len(source), start, stop - start,
+        *y2.stride(), *source.stride(), g.gm, g.gr, *b.stride(), **options,
     )  # fmt: skip
     return out
 
