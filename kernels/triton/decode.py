@@ -28,7 +28,10 @@ def _decode_kernel(
     to: tl.constexpr = y.dtype.element_ty
     acc = tl.zeros((BN, BM), tl.float32)
     zt = tl.zeros((RP, BM), tl.float32)
-    for first in range(split * chunk, min(K, (split + 1) * chunk), BK):
+    start, stop = split * chunk, min(K, (split + 1) * chunk)
+    # As in the shrink: ptxas waits for every wgmma otherwise.
+    tl.assume(start < stop)
+    for first in range(start, stop, BK):
         k = first + tl.arange(0, BK)
         down, across = k[:, None], k[None, :]
         x_in = row_in if EVEN_K else row_in & (down < K)
@@ -91,9 +94,9 @@ def _plan(M, N, K, R, itemsize, device):
     )  # fmt: skip
 
 
-def fits(M, N, R):
+def fits(M, K, N, R):
     """Whether one launch does it all: few tokens, and the rank in one tile."""
-    return 0 < M <= config.FEW and 0 < R <= 32 and N > 0
+    return 0 < M <= config.FEW and 0 < R <= 32 and N > 0 and K > 0
 
 
 def decode(x, w, a, b, g, z, shape, column_scale, bias):

@@ -12,17 +12,30 @@ from . import config, tile
 
 @triton.jit
 def _expand_kernel(
-    y, z, g, b, out, scale, M, N, R, start, width, ym, yn, zm, zr, gm, gr, bn, br,
+    y, z, g, b, out, ids, gathered, scale, M, N, R, V, start, width, ym, yn, zm, zr, gm, gr, bn, br,
     BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y; b's column 0 lies at y's column `start`."""
+    """A tile of y; b's column 0 lies at y's column `start`. With ids, z is the rows they name of a table [V, R]."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (rows < M)[:, None] & (cols < N)[None, :]
     acc = tl.load(y + rows[:, None] * ym + cols[None, :].to(tl.int64) * yn, mask=inside, other=0.0).to(tl.float32)
     to: tl.constexpr = y.dtype.element_ty
-    acc = tile.update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, rows, cols - start, M, width, R, to, RP, ONE)
+    known = rows
+    if ids is not None:
+        token = tl.load(ids + rows, mask=rows < M, other=-1).to(tl.int64)
+        # What names no row of the table reads as a row beyond the last: zeros.
+        known = tl.where((token >= 0) & (token < V), rows, M)
+        z += token[:, None] * zm
+        zm = 0
+    acc = tile.update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, known, cols - start, M, width, R, to, RP, ONE)
     tl.store(out + rows[:, None] * N + cols[None, :], acc.to(to), mask=inside)
+    if ids is not None:
+        # Every block of columns gathers z, the first one stores it.
+        for first in range(0, tl.where(tl.program_id(1) == 0, R, 0), RP):
+            ranks = first + tl.arange(0, RP)
+            zt = tile.load_gated(z, zm, zr, None, 0, 0, 1.0, known, ranks, M, R, tl.float32)
+            tl.store(gathered + rows[:, None] * R + ranks[None, :], zt, mask=(rows < M)[:, None] & (ranks < R)[None, :])
 
 
 @triton.jit
@@ -57,10 +70,31 @@ def _expand_backward_kernel(
         tl.store(place, acc, mask=(rows < M)[:, None] & rank_in)
 
 
+@triton.jit
+def _gate_backward_kernel(
+    parts, z, t, dg, starts, M, R, E, zm, zr,
+    COUNT: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, RP: tl.constexpr,
+):  # fmt: skip
+    """t, the sum of its parts, and dg, the sums of t ⊙ z over the rank rows of BE adapters of RP rows or fewer."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    ranks = tl.load(starts + e, mask=e < E, other=0)[:, None] + tl.arange(0, RP)[None, :]
+    inside = ranks < tl.load(starts + e + 1, mask=e < E, other=0)[:, None]
+    ranks, inside = tl.reshape(ranks, (1, BE * RP)), (rows < M) & tl.reshape(inside, (1, BE * RP))
+    tt = tl.load(parts + rows * R + ranks, mask=inside, other=0.0)
+    # Unrolled, so that the loads of all parts are on their way together.
+    for part in tl.static_range(1, COUNT):
+        tt += tl.load(parts + (rows + part * M) * R + ranks, mask=inside, other=0.0)
+    if COUNT > 1:
+        tl.store(t + rows * R + ranks, tt, mask=inside)
+    tt *= tl.load(z + rows * zm + ranks * zr, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dg + rows * E + e[None, :], tl.sum(tl.reshape(tt, (BM, BE, RP)), 2), mask=(rows < M) & (e < E)[None, :])
+
+
 @lru_cache(maxsize=4096)
 def _plan(M, N, R, itemsize):
     """(grid, constants and options) of y + (z ⊙ g) b."""
-    c, RP = config.expand(M, itemsize), config.rank_block(R)
+    c, RP = config.expand(M, itemsize), config.rank_block(R, 32)
     options = dict(BM=c.BM, BN=c.BN, RP=RP, ONE=R <= RP, num_warps=c.warps, num_stages=c.stages)
     return (config.cdiv(M, c.BM), config.cdiv(N, c.BN)), options
 
@@ -76,12 +110,34 @@ def _backward_plan(M, N, R, itemsize, device):
     return count, tall, config.cdiv(steps, count) * c.BN, (tall, count, wide), options
 
 
+def _gate_backward(parts, count, z, scaling, gates, ranks, needs):
+    """(t, dscaling, dgates) from the parts of t and z before the gate; each in its own shape, type and device."""
+    dscaling = dgates = z.new_empty(0)
+    if not any(needs):
+        return tile.total(parts, count), dscaling, dgates
+    z2, ranks = tile.rows_of(z), tuple(ranks) or (1,) * z.shape[-1]
+    (M, R), E, (_, starts) = z2.shape, len(ranks), tile.rank_rows(ranks, z.device)
+    t, dg = parts if count == 1 else parts.new_empty((M, R)), parts.new_empty((*z.shape[:-1], E))
+    # 512 elements a program, 64 or more of them in a row.
+    RP = triton.next_power_of_2(max((1, *ranks)))
+    BE = max(min(triton.next_power_of_2(E), 64 // RP), 1)
+    BM = max(512 // (BE * RP), 1)
+    sizes = M, R, E, *z2.stride(), count, BM, BE, RP
+    tile.launch(_gate_backward_kernel, (config.cdiv(M, BM), config.cdiv(E, BE)), z, parts, z2, t, dg, starts, *sizes)
+    if needs[0]:
+        every = dg if gates is None else dg * gates
+        dscaling = every.sum_to_size(scaling.shape).to(scaling.device, scaling.dtype)
+    if needs[1]:
+        dgates = (dg * scaling.to(t.device)).sum_to_size(gates.shape).to(gates.dtype)
+    return t, dscaling, dgates
+
+
 def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
     """(t = dy b (M, R) fp32, the gate of its rows, [dB], dscaling, dgates) of a matrix dy, those that are needed."""
     need_t, need_b, *of_gate = needs
     need_t = need_t or any(of_gate)
     z2, b, g = tile.rows_of(z), tile.join(lora_B, 1), tile.gate(scaling, gates, ranks, z)
-    (M, N), R, t, db = dy.shape, b.shape[1], None, None
+    (M, N), R, t, db, count = dy.shape, b.shape[1], None, None, 1
     if not (M and N and R):
         t, db = dy.new_zeros((M, R), dtype=torch.float32), dy.new_zeros((N, R), dtype=torch.float32)
     elif need_t or need_b:
@@ -93,12 +149,18 @@ def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
             dy, z2, g.rows, b, t, db, g.scale, M, N, R, *dy.stride(), *z2.stride(), g.gm, g.gr, *b.stride(), chunk,
             NEED_T=need_t, NEED_DB=need_b, **options,
         )  # fmt: skip
-        t, db = tile.total(t, count), tile.total(db, blocks)
-    return t, g, tile.split(db, lora_B, 1) if need_b else [], *tile.gate_backward(t, z, scaling, gates, ranks, *of_gate)
+        db = tile.total(db, blocks)
+    t, *grads = _gate_backward(t, count, z, scaling, gates, ranks, of_gate)
+    return t, g, tile.split(db, lora_B, 1) if need_b else [], *grads
 
 
-def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
-    """A new y with the update added to all columns or to columns [start, stop)."""
+def gated(t, g):
+    """dz = t ⊙ g (M, R)."""
+    return t * g.scale if g.rows is None else t * g.scale * g.rows
+
+
+def lora_expand(y, z, lora_B, scaling, gates, ranks, columns, table=None, ids=None):
+    """A new y with the update added to all columns or to [start, stop); with ids z is filled from a table [V, R]."""
     y2, z2, b = tile.rows_of(y), tile.rows_of(z), tile.join(lora_B, 1)
     (M, N), R = y2.shape, z2.shape[1]
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
@@ -106,10 +168,11 @@ def lora_expand(y, z, lora_B, scaling, gates, ranks, columns):
         return out.copy_(y)
     g, (start, stop) = tile.gate(scaling, gates, ranks, z), columns or (0, N)
     grid, options = _plan(M, N, R, y.element_size())
+    source, gathered = (z2, None) if ids is None else (table, z2)
     tile.launch(
         _expand_kernel, grid, y,
-        y2, z2, g.rows, b, out, g.scale, M, N, R, start, stop - start,
-        *y2.stride(), *z2.stride(), g.gm, g.gr, *b.stride(), **options,
+        y2, source, g.rows, b, out, ids, gathered, g.scale, M, N, R, len(source), start, stop - start,
+        *y2.stride(), *source.stride(), g.gm, g.gr, *b.stride(), **options,
     )  # fmt: skip
     return out
 
@@ -118,7 +181,4 @@ def lora_expand_backward(dy, z, lora_B, scaling, gates, ranks, columns, needs):
     """(dz, [dB], dscaling, dgates) of the outputs that are needed."""
     part = dy[..., columns[0] : columns[1]] if columns else dy
     t, g, *grads = expand_backward(tile.rows_of(part), z, lora_B, scaling, gates, ranks, needs)
-    dz = z.new_empty(0)
-    if needs[0]:
-        dz = (t * g.scale if g.rows is None else t * g.scale * g.rows).to(z.dtype).view(z.shape)
-    return dz, *grads
+    return gated(t, g).to(z.dtype).view(z.shape) if needs[0] else z.new_empty(0), *grads

@@ -12,7 +12,7 @@ from .shrink import lora_shrink, shrink_backward
 def lora_linear_forward(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
     """(y, z before the gate, u = y before column_scale and bias); one launch for few tokens, else two."""
     x2, b, shape = tile.rows_of(x), tile.join(lora_B, 1), (*x.shape[:-1], weight.shape[0])
-    few = not dropout_p and fits(len(x2), *b.shape)
+    few = not dropout_p and fits(*x2.shape, *b.shape)
     z = x.new_empty((*shape[:-1], b.shape[1]), dtype=torch.float32) if few else lora_shrink(x, lora_A, dropout_p, seed)
     g, z2 = tile.gate(scaling, gates, ranks, z), tile.rows_of(z)
     epilogue = None if column_scale is None else column_scale.contiguous(), None if bias is None else bias.contiguous()

@@ -24,7 +24,10 @@ def _shrink_kernel(
     row_in = (rows < M)[:, None]
     rank_in = (ranks < R)[None, :]
     acc = tl.zeros((BM, RP), tl.float32)
-    for first in range(split * chunk, min(K, (split + 1) * chunk), BK):
+    start, stop = split * chunk, min(K, (split + 1) * chunk)
+    # No part is empty. Where it might be, acc = 0 around the loop makes ptxas wait for every wgmma in it (C7515).
+    tl.assume(start < stop)
+    for first in range(start, stop, BK):
         cols = first + tl.arange(0, BK).to(tl.int64)
         x_in = row_in if EVEN_K else row_in & (cols < K)[None, :]
         a_in = rank_in if EVEN_K else rank_in & (cols < K)[:, None]
@@ -87,8 +90,8 @@ def lora_shrink(x, lora_A, dropout_p, seed):
     x2, a = tile.rows_of(x), tile.join(lora_A, 0)
     (M, K), R = x2.shape, a.shape[0]
     shape, dropout = (*x.shape[:-1], R), tile.dropout(dropout_p, seed)
-    if not (M and R):
-        return x.new_empty(shape, dtype=torch.float32)
+    if not (M and R and K):
+        return x.new_zeros(shape, dtype=torch.float32)
     count, chunk, grid, options = _plan(False, M, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
     z = tile.partial(count, (M, R), x)
     tile.launch(_shrink_kernel, grid, x, x2, a, z, *dropout, M, K, R, *x2.stride(), *a.stride(), chunk, **options)

@@ -151,9 +151,10 @@ NO_GATE = Gate(None, 0, 0, 1.0)
 
 
 @lru_cache(maxsize=256)
-def _owner(ranks, device):
-    """The adapter of each rank row."""
-    return torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(device)
+def rank_rows(ranks, device):
+    """(the adapter of each rank row, where each adapter's rows begin and the last one's end)."""
+    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks, dtype=torch.int64))
+    return owner.to(device), torch.tensor([0, *ranks]).cumsum(0, dtype=torch.int32).to(device)
 
 
 def gate(scaling, gates, ranks, z):
@@ -167,27 +168,9 @@ def gate(scaling, gates, ranks, z):
     if rows is None:
         return Gate(None, 0, 0, scale)
     if rows.dim() and rows.shape[-1] > 1 and any(r != 1 for r in ranks):
-        rows = rows.index_select(-1, _owner(tuple(ranks), z.device))
+        rows = rows.index_select(-1, rank_rows(tuple(ranks), z.device)[0])
     rows = rows_of(rows.expand(*z.shape[:-1], rows.shape[-1:].numel())).expand(-1, z.shape[-1])
     return Gate(rows, *rows.stride(), scale)
-
-
-def gate_backward(t, z, scaling, gates, ranks, need_scaling, need_gates):
-    """(dscaling, dgates) from t = dy bᵀ and z, both before the gate; each in its own shape, type and device."""
-    dscaling = dgates = z.new_empty(0)
-    if need_scaling or need_gates:
-        product = t.view(z.shape) * z.float()
-        # the sum over each adapter's rows
-        if len(set(ranks)) > 1:
-            product = torch.stack([part.sum(-1) for part in product.split(list(ranks), -1)], -1)
-        elif any(r != 1 for r in ranks):
-            product = product.unflatten(-1, (len(ranks), ranks[0])).sum(-1)
-    if need_scaling:
-        every = product if gates is None else product * gates
-        dscaling = every.sum_to_size(scaling.shape).to(scaling.device, scaling.dtype)
-    if need_gates:
-        dgates = (product * scaling.to(t.device)).sum_to_size(gates.shape).to(gates.dtype)
-    return dscaling, dgates
 
 
 _counters = {}

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import dropout as dropout_module
-from fastlora.kernels import expand, linear, routed, shrink, tile
+from fastlora.kernels import embedding, expand, linear, routed, shrink, tile
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "kernels" / "resources.json"
@@ -55,6 +55,10 @@ def calls():
         x, w = meta(M, K, dtype=dtype), meta(N, K, dtype=dtype)
         return linear.lora_linear_forward(x, w, [a], [b], scaling, bias, g, [], c, p, seed if p else None)
 
+    def gated(M, ranks, E):
+        z, b, g = meta(M, sum(ranks), dtype=fp32), meta(4096, sum(ranks)), meta(M, E, dtype=fp32)
+        return expand.lora_expand_backward(meta(M, 4096), z, [b], scaling, g, ranks, [], [True, True, False, True])
+
     def backward(M, K=4096, N=4096, R=16, dtype=torch.bfloat16, adapters=None, gates=False, p=0.0):
         a, b = meta(R, K, dtype=adapters or dtype), meta(N, R, dtype=adapters or dtype)
         g = meta(M, R, dtype=torch.float32) if gates else None
@@ -66,6 +70,11 @@ def calls():
     def expanded(M, dtype=torch.bfloat16):
         y, z, b = meta(M, 4096, dtype=dtype), meta(M, 16, dtype=torch.float32), meta(4096, 16, dtype=dtype)
         return expand.lora_expand(y, z, [b], scaling, None, [], [])
+
+    def embedded(M, R=16, dtype=torch.bfloat16, adapters=None, gates=False):
+        g, ids = meta(M, R, dtype=fp32) if gates else None, meta(M, dtype=torch.int64)
+        a, b = meta(R, 50257, dtype=adapters or dtype), meta(4096, R, dtype=adapters or dtype)
+        return embedding.lora_embedding_forward(meta(M, 4096, dtype=dtype), ids, [a], [b], scaling, g, [], -1, False)
 
     def routing(T, most=2, slices=(), dtype=torch.bfloat16, bias=False, K=4096, N=4096):
         i32, (x, w) = torch.int32, (meta(T, K, dtype=dtype), meta(N, K, dtype=dtype))
@@ -115,6 +124,13 @@ def calls():
         "tma backward M=512": lambda: tma(backward, 512),
         "expand M=8192": lambda: expanded(8192),
         "expand M=16 fp32": lambda: expanded(16, fp32),
+        "embedding M=8192": lambda: embedded(8192),
+        "embedding M=8192 R=64 gates fp32-adapters": lambda: embedded(8192, R=64, gates=True, adapters=fp32),
+        "embedding M=16 fp32": lambda: embedded(16, dtype=fp32),
+        "gates M=8192": lambda: gated(8192, [16], 1),
+        "gates M=8192 E=8": lambda: gated(8192, [16] * 8, 8),
+        "gates M=16 E=8": lambda: gated(16, [16] * 8, 8),
+        "gates M=16 of rank rows": lambda: gated(16, [1] * 16, 16),
         "shrink_backward M=8192 dropout": lambda: shrink.lora_shrink_backward(
             meta(8192, 16, dtype=fp32), meta(8192, 4096), [meta(16, 4096)], 0.1, seed, [True, True]
         ),

@@ -79,5 +79,6 @@ def test_rows_far_apart():
 
 def test_what_fits():
     """Few tokens with a rank that one tile holds; more of either takes two launches."""
-    assert decode.fits(1, 8, 1) and decode.fits(64, 8, 32)
-    assert not any(decode.fits(*shape) for shape in ((65, 8, 1), (0, 8, 1), (1, 8, 33), (1, 8, 0), (1, 0, 1)))
+    assert decode.fits(1, 8, 8, 1) and decode.fits(64, 8, 8, 32)
+    more = (65, 8, 8, 1), (0, 8, 8, 1), (1, 8, 8, 33), (1, 8, 8, 0), (1, 8, 0, 1), (1, 0, 8, 1)
+    assert not any(decode.fits(*shape) for shape in more)

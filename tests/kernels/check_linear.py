@@ -23,6 +23,7 @@ CASES = {
     "dropout": dict(lead=(2, 35), K=200, N=72, ranks=(16,), p=0.25, bias=True),
     "dropout, odd, token gates": dict(lead=(21,), K=67, N=30, ranks=(3, 2), p=0.5, gates="token"),
     "dropout of all": dict(lead=(4,), K=16, N=16, ranks=(4,), p=1.0),
+    "no columns of x": dict(lead=(4,), K=0, N=24, ranks=(4,), bias=True),
     "rank 0": dict(lead=(4,), K=16, N=24, ranks=(0,), bias=True),
     "a vector": dict(lead=(), K=24, N=17, ranks=(4,), gates="row", bias=True),
 }

@@ -18,6 +18,7 @@ CASES = {
     "dropout": dict(lead=(2, 35), K=200, ranks=(16,), p=0.25),
     "dropout, odd": dict(lead=(21,), K=67, ranks=(3, 2), p=0.5),
     "empty": dict(lead=(2, 0), K=16, ranks=(4,)),
+    "no columns": dict(lead=(3,), K=0, ranks=(4,)),
     "rank 0": dict(lead=(3,), K=16, ranks=(0,)),
     "a vector": dict(lead=(), K=24, ranks=(4,), p=0.5),
 }

@@ -71,13 +71,13 @@ def problem(lead, K, N, ranks=(16,), dtype=torch.bfloat16, adapters=None, gates=
     def draw(*shape, to=dtype, by=1.0):
         return (torch.randn(shape, generator=rng) * by).to(to)
 
-    R = sum(ranks)
+    R, one = sum(ranks), max(K, 1) ** -0.5
     E = len(ranks) if grouped or len(ranks) > 1 else R
-    weight = draw(K, N, by=K**-0.5).t() if layout == "transposed" else draw(N, K, by=K**-0.5)
+    weight = draw(K, N, by=one).t() if layout == "transposed" else draw(N, K, by=one)
     call = SimpleNamespace(
         x=draw(*lead, K),
         weight=weight,
-        lora_A=[draw(r, K, to=adapters or dtype, by=K**-0.5) for r in ranks],
+        lora_A=[draw(r, K, to=adapters or dtype, by=one) for r in ranks],
         lora_B=[draw(N, r, to=adapters or dtype, by=0.5) for r in ranks],
         scaling=torch.tensor(1.25),
         bias=draw(N) if bias else None,
