@@ -151,6 +151,7 @@ template <class T>
 void shrink_rows(const Gemm& p, const Factor* a, const T* x, int64_t ldx, int64_t M, float* z, Scratch s) {
   vf* part = s.take<vf>(kDotRows * 4);
   float scale = p.mask.threshold ? p.mask.scale : 1;
-  for (int e = 0; e < p.adapters; z += a[e++].rank)
-    dot_columns(x, ldx, M, (const T*)a[e].data, a[e].ld, 0, a[e].rank, p.K, part, StoreZ{z, p.R, scale});
+  const int64_t K = p.K, ldz = p.R;
+  for (const Factor* end = a + p.adapters; a != end; z += a++->rank)
+    dot_columns(x, ldx, M, (const T*)a->data, a->ld, 0, a->rank, K, part, StoreZ{z, ldz, scale});
 }
