@@ -1,5 +1,5 @@
-// The ops: types of their arguments, the kernels that binding.cpp and autograd.cpp register, one per op and dispatch key, the
-// checks of their arguments, and calls through torch's dispatcher.
+// The ops: types of their arguments, the kernels that binding.cpp registers, the checks of their arguments, and calls
+// through torch's dispatcher.
 #pragma once
 #include <torch/library.h>
 
@@ -46,7 +46,6 @@ using RoutedBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tens
 
 // the same arguments, passed on
 #define FASTLORA_LINEAR x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed
-#define FASTLORA_SHRINK x, lora_A, dropout_p, seed
 #define FASTLORA_ROUTED x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages
 
 // A route's tensors on the host: segment i is the tokens starts[i] .. starts[i + 1] of `order`, its list slots[bounds[i]] ..
@@ -110,8 +109,6 @@ RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS);
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed);
 Tensor draw_seed(const Tensor& x);
-
-void register_autograd(torch::Library& m);
 
 namespace check {
 
