@@ -44,7 +44,7 @@ bool base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
 }
 
 bool linear(FASTLORA_LINEAR_ARGS) {
-  if (!base(x, weight, bias) || !shrink(FASTLORA_SHRINK) || lora_A.size() != lora_B.size()) return false;
+  if (!base(x, weight, bias) || !shrink(x, lora_A, dropout_p, seed) || lora_A.size() != lora_B.size()) return false;
   const auto out = weight.size(0);
   for (size_t e = 0; e < lora_A.size(); e++)
     if (!adapter(lora_B[e], out, lora_A[e].size(0), x)) return false;

@@ -3,7 +3,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/mm.h>
 
-#include "ops.h"
 #include "products.h"
 
 namespace fastlora::composed {

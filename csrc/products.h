@@ -5,7 +5,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 
-#include "types.h"
+#include "ops.h"
 
 namespace fastlora {
 

@@ -4,9 +4,7 @@
 
 namespace fastlora::cpu {
 
-constexpr int64_t kPieceRows = 16;   // most rank rows of a piece, so that few adapters still occupy all threads
-
-// One adapter: its rank rows in pieces of consecutive ones, of x's type: a [k, rank, in], its slices `slice` bytes apart;
+// One adapter: its rank rows in pieces that each lie together, of x's type: a [k, rank, in], its slices `slice` bytes apart;
 // b [rank, out].
 struct Entry {
   int64_t rank;
@@ -79,20 +77,16 @@ class Adapters {
  private:
   const void* held(const Tensor& t) { return keep.emplace_back(t.contiguous()).const_data_ptr(); }
 
-  void add_pieces(Entry& entry, const void* a, const void* b, int64_t N, int64_t rank) {
-    const int64_t K = x.size(-1), bytes = x.element_size();
-    for (int64_t r = 0; r < rank; r += kPieceRows) {
-      const auto rows = std::min(kPieceRows, rank - r);
-      entry.a.push_back({static_cast<const char*>(a) + r * K * bytes, type, rows, K, false});
-      entry.b.push_back({static_cast<const char*>(b) + r * N * bytes, type, rows, N, false});
-    }
+  void add_piece(Entry& entry, const void* a, const void* b, int64_t N, int64_t rank) {
+    entry.a.push_back({a, type, rank, x.size(-1), false});
+    entry.b.push_back({b, type, rank, N, false});
   }
 
   void add_pair(Entry& entry, const Tensor& lora_A, const Tensor& lora_B, const Tensor& column_scale) {
     const auto dtype = x.scalar_type();
     entry.rank = lora_B.size(1);
     entry.slice = entry.rank * x.size(-1) * x.element_size();
-    add_pieces(entry, held(lora_A.to(dtype)), held(lora_B.t().to(dtype)), lora_B.size(0), entry.rank);
+    add_piece(entry, held(lora_A.to(dtype)), held(lora_B.t().to(dtype)), lora_B.size(0), entry.rank);
     if (column_scale.defined() && column_scale.numel()) entry.d = held(column_scale.to(at::kFloat).sub(1).to(dtype));
   }
 
@@ -107,7 +101,7 @@ class Adapters {
     for (int64_t p = 0, left = entry.rank; left > 0;) {
       int64_t n = 1;   // neighbours make one piece
       while (k == 1 && n * 8 < left && table[p + n] == table[p] + n) n++;
-      add_pieces(entry, A + table[p] * k * entry.slice, B + table[p] * page_b, N, std::min(left, n * 8));
+      add_piece(entry, A + table[p] * k * entry.slice, B + table[p] * page_b, N, std::min(left, n * 8));
       left -= n * 8, p += n;
     }
     const auto column = pages[5].const_data_ptr<int32_t>()[slot];

@@ -1,4 +1,5 @@
 // Which instruction set and which form: from what the CPU can do, the type and the shape, nothing else.
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -13,7 +14,7 @@
 namespace fastlora::cpu {
 namespace {
 
-enum Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kIsaCount };
+enum Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 #if defined(__x86_64__)
 const Kernels* const kKernels[] = {portable, avx2, avx512, avx512_bf16};
@@ -21,20 +22,21 @@ const Kernels* const kKernels[] = {portable, avx2, avx512, avx512_bf16};
 const Kernels* const kKernels[] = {portable};
 #endif
 
-bool runs(Isa isa) {
-  bool has = true;   // each includes those before it
+// The last that this CPU has: each includes those before it.
+Isa best() {
 #if defined(__x86_64__)
-  if (isa >= kAvx2) has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (isa >= kAvx512)
-    has = has && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (isa >= kAvx512Bf16) has = has && __builtin_cpu_supports("avx512bf16");
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return kPortable;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")))
+    return kAvx2;
+  if (!__builtin_cpu_supports("avx512bf16")) return kAvx512;
 #ifdef __linux__   // a process gets tile registers on request (ARCH_REQ_XCOMP_PERM, XTILEDATA)
-  if (isa == kAmx) return has && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  if (__builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0) return kAmx;
 #endif
-  return has && isa != kAmx;
+  return kAvx512Bf16;
+#else
+  return kPortable;
 #endif
-  return isa == kPortable;
 }
 
 Cpu detect() {
@@ -46,16 +48,10 @@ Cpu detect() {
   const std::string name = pin ? pin : "";
   cpu.composed = name == "composed";
   const bool pinned = !name.empty() && !cpu.composed;
-  bool known = false;
-  Isa isa = kIsaCount;
-  for (int i = 0; i < kIsaCount; i++) {
-    if (pinned && name != kNames[i]) continue;
-    known = true;
-    if (runs(Isa(i))) isa = Isa(i);
-  }
-  if (isa == kIsaCount)
+  const Isa last = best(), isa = pinned ? Isa(std::find(kNames, std::end(kNames), name) - kNames) : last;
+  if (isa > last)
     throw std::runtime_error("FASTLORA_CPU=" + name + ": expected portable, avx2, avx512, avx512_bf16, amx or composed, " +
-                             (known ? "and this CPU or build lacks it" : "and this is none of them"));
+                             (isa < std::size(kNames) ? "and this CPU or build lacks it" : "and this is none of them"));
   cpu.amx = isa == kAmx;
   // vdpbf16ps does two steps where FMA on split halves needs two instructions and a shift or mask. AMD runs as many of it
   // as of FMA (timed on Zen 4), Intel a quarter of them (timed on Emerald Rapids), and then splitting wins.

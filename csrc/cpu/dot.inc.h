@@ -115,14 +115,19 @@ INLINE void factor_vectors(const Factor& f, int64_t n, int64_t count, Out* out, 
     for (int j = 0; j < min(VL, f.rank - r); j++) store(out + (r + j) * ld, block[j]);
   }
 }
-// The adapter as rows of T: copied where it lies otherwise.
+// The adapters a as rows of T: copied where they lie otherwise.
 template <class T>
-const T* factor_rows(const Factor& f, int64_t columns, int64_t& ld, Scratch& s) {
-  if (!f.along_rank && (sizeof(T) == 4 || f.type != kFloat)) return ld = f.ld, (const T*)f.data;
-  ld = round_up(columns, 32);
-  T* rows = s.take<T>(f.rank * ld);
-  for (int64_t k = 0; k < columns; k += VL) factor_vectors<T>(f, k, columns - k, rows + k, ld);
-  return rows;
+const Factor* factor_rows(const Gemm& p, Scratch& s) {
+  Factor* all = s.take<Factor>(p.adapters);
+  for (int e = 0; e < p.adapters; e++) {
+    const Factor& f = all[e] = p.a[e];
+    if (!f.along_rank && (sizeof(T) == 4 || f.type != kFloat)) continue;
+    int64_t ld = round_up(p.K, 32);
+    T* rows = s.take<T>(f.rank * ld);
+    for (int64_t k = 0; k < p.K; k += VL) factor_vectors<T>(f, k, p.K - k, rows + k, ld);
+    all[e] = {rows, p.type, f.rank, ld, false};
+  }
+  return all;
 }
 
 struct StoreZ {
@@ -141,15 +146,12 @@ struct StoreZ {
     }
   }
 };
+// z [M, p.R] = x aT times the mask's scale; x has lost what is dropped, a is what factor_rows gave
 template <class T>
-void shrink_rows(const T* x, int64_t ldx, int64_t M, int64_t K, int adapters, const Factor* a, float* z, int64_t ldz,
-                 float scale, Scratch s) {
+void shrink_rows(const Gemm& p, const Factor* a, const T* x, int64_t ldx, int64_t M, float* z, Scratch s) {
   vf* part = s.take<vf>(kDotRows * 4);
-  for (int e = 0; e < adapters; e++) {
-    int64_t lda;
-    Scratch mine = s;
-    const T* rows = factor_rows<T>(a[e], K, lda, mine);
-    dot_columns(x, ldx, M, rows, lda, 0, a[e].rank, K, part, StoreZ{z, ldz, scale});
-    z += a[e].rank;
-  }
+  float scale = p.mask.threshold ? p.mask.scale : 1;
+  const int64_t K = p.K, ldz = p.R;
+  for (const Factor* end = a + p.adapters; a != end; z += a++->rank)
+    dot_columns(x, ldx, M, (const T*)a->data, a->ld, 0, a->rank, K, part, StoreZ{z, ldz, scale});
 }

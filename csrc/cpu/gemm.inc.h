@@ -75,10 +75,11 @@ void gemm_dot(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, Scr
   for (int64_t i = 0; i < 8 * update.width; i += VL) store(update.b + i, vf{});
   vf* part = s.take<vf>(kDotRows * 4);
   float* z = p.a ? s.take<float>(kDotRows * p.R) : nullptr;
+  const Factor* a = p.a ? factor_rows<T>(p, s) : nullptr;
   for (int64_t m = m0; m < m1; m += kDotRows) {
     int64_t rows = min(kDotRows, m1 - m);
     const T* x = (const T*)p.x + m * p.ldx;
-    if (p.a) shrink_rows(x, p.ldx, rows, p.K, p.adapters, p.a, z, p.R, 1, s);
+    if (p.a) shrink_rows(p, a, x, p.ldx, rows, z, s);
     if (p.a && p.z_out && n0 == 0) __builtin_memcpy(p.z_out + m * p.R, z, rows * p.R * sizeof(float));
     gated_rows(p, p.a ? z : p.z + m * p.R, m, rows, rows, update.width, update.zg);
     update.m0 = m;

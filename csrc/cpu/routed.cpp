@@ -1,6 +1,7 @@
 // lora_routed. On a CPU: the base product, then each thread takes some tokens through both halves of their adapters' update.
 // No weight is gathered or padded; rows of x are, where a segment's tokens do not lie together. What our kernels do not
 // take, the reference computes.
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -9,7 +10,6 @@
 #include <cstring>
 
 #include "../cuda.h"
-#include "../ops.h"
 #include "adapters.h"
 
 namespace fastlora::cpu {
@@ -96,7 +96,7 @@ void for_parts(const Adapters& c, int64_t columns, F&& f) {
 }
 
 Tensor base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  Gated none{Gate{}, make({x.numel() / x.size(-1), 0}, x, at::kFloat)};
+  Gated none{Gate{}};
   Product p{x, weight.size(0), x, weight, none, {}, true, {}, {}, false, {}, bias};
   return products.product(p);
 }
@@ -107,7 +107,28 @@ bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorL
   return takes(x, lora_A) && takes(x, lora_B) && (pages.empty() || (plain(pages[0]) && plain(pages[1])));
 }
 
-RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
+// the sum over these tokens of each one's row of `z` times its row of x
+Tensor gradient(const std::vector<int64_t>& tokens, std::vector<float>& z, const Tensor& x, const Tensor& adapter,
+                bool last_is_rank) {
+  if (z.empty()) return at::zeros(adapter.sizes(), adapter.options());
+  const auto m = static_cast<int64_t>(tokens.size());
+  const bool together = tokens.back() - tokens.front() == m - 1 && std::is_sorted(tokens.begin(), tokens.end());
+  const auto mine = together ? x.narrow(0, tokens.front(), m) : x.index_select(0, at::tensor(tokens));
+  const auto rows = at::from_blob(z.data(), {m, adapter.size(last_is_rank)}, at::kFloat);
+  return products.outer({Gate{}, rows}, mine, adapter, last_is_rank, {})[0];
+}
+
+}  // namespace
+}  // namespace fastlora::cpu
+
+namespace fastlora {
+
+using namespace cpu;
+
+static RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
+  if (cuda::takes_routed(x, lora_A, pages)) return cuda::routed(x, weight, bias, route, gates, slices, pages, want_z);
+  if (!takes_routed(x, lora_A, lora_B, pages))
+    return call<"fastlora::lora_routed_forward", decltype(lora_routed_forward), "reference">(FASTLORA_ROUTED);
   const Rows rows(x);
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   const auto row = bias ? bias->contiguous() : Tensor();
@@ -127,11 +148,17 @@ RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
   });
   return {y, out};
 }
+Tensor lora_routed(FASTLORA_ROUTED_ARGS) { return std::get<0>(run_routed(FASTLORA_ROUTED, false)); }
+RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS) { return run_routed(FASTLORA_ROUTED, true); }
 
-// Without slices; nothing where an adapter is DoRA's.
-std::optional<RoutedBackward> run_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
+RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
+  const auto reference = [&] {
+    return call<"fastlora::lora_routed_backward", decltype(lora_routed_backward), "reference">(
+        dy, x, weight, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages, z, needs);
+  };
+  if (!takes_routed(x, lora_A, lora_B, pages) || !slices.empty()) return reference();
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
-  if (c.dora) return {};
+  if (c.dora) return reference();
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates] = needs;
   const Rows rows(dy);
   const auto dy2 = flat(dy), x2 = flat(x), buffer = make({2, c.total}, x, at::kFloat), saved = z.contiguous();
@@ -151,55 +178,26 @@ std::optional<RoutedBackward> run_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
     });
     if (need_x) spread(c, p, t, true, dx, {});
   });
-  std::vector<std::vector<int64_t>> tokens(E), places(E);   // of each pair: its tokens, and where their z lies
+  std::vector<std::vector<int64_t>> tokens(E);   // that use a pair, and their rows of t and of z g
+  std::vector<std::vector<float>> ts(E), zgs(E);
   for (const auto& s : c.segments)
-    walk(c, s, [&](int64_t token, int64_t entry, int64_t slot, int64_t, float, int64_t at, int64_t) {
-      if (slot >= S) {
-        tokens[slot - S].push_back(token), places[slot - S].push_back(at);
-        ds.data_ptr<float>()[slot - S] += sums[entry] * c.gates[entry];
+    walk(c, s, [&](int64_t token, int64_t entry, int64_t slot, int64_t, float, int64_t at, int64_t rank) {
+      if (const auto e = slot - S; e >= 0) {
+        tokens[e].push_back(token);
+        if (need_A) ts[e].insert(ts[e].end(), t + at, t + at + rank);
+        if (need_B) zgs[e].insert(zgs[e].end(), zg + at, zg + at + rank);
+        ds.data_ptr<float>()[e] += sums[entry] * c.gates[entry];
       }
       sums[entry] *= c.of(slot).scale;
     });
   Tensors dA, dB;
-  for (int64_t e = 0; e < E && (need_A || need_B); e++) {
-    const auto m = static_cast<int64_t>(tokens[e].size()), r = lora_B[e].size(1);
-    const auto of = [&](const float* from) {
-      auto part = make({m, r}, x, at::kFloat);
-      for (int64_t i = 0; i < m; i++) std::memcpy(part.data_ptr<float>() + i * r, from + places[e][i], r * sizeof(float));
-      return part;
-    };
-    const auto grad = [&](const float* from, const Tensor& rows, const Tensor& adapter, bool last_is_rank) {
-      if (m == 0 || r == 0) return at::zeros(adapter.sizes(), adapter.options());
-      const auto& own = tokens[e];
-      const bool together = own.back() - own.front() == m - 1 && std::is_sorted(own.begin(), own.end());
-      const auto mine = together ? rows.narrow(0, own.front(), m) : rows.index_select(0, at::tensor(own));
-      return products.outer({Gate{}, of(from)}, mine, adapter, last_is_rank, {})[0];
-    };
-    if (need_A) dA.push_back(grad(t, x2, lora_A[e], false));
-    if (need_B) dB.push_back(grad(zg, dy2, lora_B[e], true));
+  for (int64_t e = 0; e < E; e++) {
+    if (need_A) dA.push_back(gradient(tokens[e], ts[e], x2, lora_A[e], false));
+    if (need_B) dB.push_back(gradient(tokens[e], zgs[e], dy2, lora_B[e], true));
   }
-  return RoutedBackward{dx, need_weight ? at::mm(dy2.t(), x2) : nothing(x), dA, dB,
+  return {dx, need_weight ? at::mm(dy2.t(), x2) : nothing(x), dA, dB,
           need_scaling ? ds.sum_to_size(scaling.sizes()).to(scaling.scalar_type()) : nothing(x),
           need_bias ? dy2.sum(0) : nothing(x), need_gates ? dg.to(gates.scalar_type()) : nothing(x)};
-}
-
-}  // namespace
-}  // namespace fastlora::cpu
-
-namespace fastlora {
-
-static RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
-  if (cuda::takes_routed(x, lora_A, pages)) return cuda::routed(x, weight, bias, route, gates, slices, pages, want_z);
-  if (cpu::takes_routed(x, lora_A, lora_B, pages)) return cpu::run_routed(FASTLORA_ROUTED, want_z);
-  return call<"fastlora::lora_routed_forward", decltype(lora_routed_forward), "reference">(FASTLORA_ROUTED);
-}
-Tensor lora_routed(FASTLORA_ROUTED_ARGS) { return std::get<0>(run_routed(FASTLORA_ROUTED, false)); }
-RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS) { return run_routed(FASTLORA_ROUTED, true); }
-
-RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
-  if (cpu::takes_routed(x, lora_A, lora_B, pages) && slices.empty())
-    if (auto grads = cpu::run_backward(FASTLORA_ROUTED_BACKWARD)) return *grads;
-  return call<"fastlora::lora_routed_backward", decltype(lora_routed_backward), "reference">(FASTLORA_ROUTED_BACKWARD);
 }
 
 }  // namespace fastlora

@@ -35,11 +35,7 @@ void shrink(const Gemm& p, bool tiles, int64_t m0, int64_t m1, char* scratch) {
   int64_t ld = round_up(p.K, 32) + 32;
   const bool masked = p.mask.threshold;
   T* kept_x = s.take<T>(masked ? block * ld : 0);
-  Factor* a = s.take<Factor>(p.adapters);   // converted once for all blocks
-  for (int e = 0; e < p.adapters; e++) {
-    a[e] = {nullptr, p.type, p.a[e].rank, 0, false};
-    a[e].data = factor_rows<T>(p.a[e], p.K, a[e].ld, s);
-  }
+  const Factor* a = factor_rows<T>(p, s);
   for (int64_t m = m0; m < m1; m += block) {
     int64_t rows = min(block, m1 - m);
     const T* x = (const T*)p.x + m * p.ldx;
@@ -49,7 +45,7 @@ void shrink(const Gemm& p, bool tiles, int64_t m0, int64_t m1, char* scratch) {
 #ifdef DOT_BF16
     if (tiles) run = shrink_tiles;
 #endif
-    run(masked ? kept_x : x, masked ? ld : p.ldx, rows, p.K, p.adapters, a, p.z_out + m * p.R, p.R, masked ? p.mask.scale : 1, s);
+    run(p, a, masked ? kept_x : x, masked ? ld : p.ldx, rows, p.z_out + m * p.R, s);
   }
 }
 template <class T>

@@ -74,29 +74,26 @@ INLINE void configure_tiles() {
   _tile_loadconfig(&shape);
 }
 
-// z [rows, ldz] = scale x aT
-void shrink_panels(const Panels& x, int64_t rows, int64_t K, int adapters, const Factor* a, float* z, int64_t ldz, float scale,
-                   Scratch s) {
+// as shrink_rows
+void shrink_panels(const Gemm& p, const Factor* a, const Panels& x, int64_t rows, float* z, Scratch s) {
   bf16* edge = s.take<bf16>(32 * 32);
-  for (int e = 0; e < adapters; z += a[e++].rank) {
-    int64_t lda;
-    Scratch mine = s;
-    const bf16* at = factor_rows<bf16>(a[e], K, lda, mine);
+  const float scale = p.mask.threshold ? p.mask.scale : 1;
+  for (int e = 0; e < p.adapters; z += a[e++].rank) {
+    const bf16* at = (const bf16*)a[e].data;
     for (int64_t r = 0; r < a[e].rank; r += 32)
       for (int64_t m = 0; m < rows; m += kPanel) {
-        multiply_tiles(at + r * lda, lda, min(32, a[e].rank - r), K, x, m, rows - m, edge);
+        multiply_tiles(at + r * a[e].ld, a[e].ld, min(32, a[e].rank - r), p.K, x, m, rows - m, edge);
         each_row(rows - m, a[e].rank - r, [&](int64_t i, int64_t n, vf v, int64_t count) __attribute__((always_inline)) {
-          store_upto(z + (m + i) * ldz + r + n, v * scale, count);
+          store_upto(z + (m + i) * p.R + r + n, v * scale, count);
         });
       }
   }
 }
-void shrink_tiles(const bf16* x, int64_t ldx, int64_t rows, int64_t K, int adapters, const Factor* a, float* z, int64_t ldz,
-                  float scale, Scratch s) {
-  const Panels panels(rows, K, s);
+void shrink_tiles(const Gemm& p, const Factor* a, const bf16* x, int64_t ldx, int64_t rows, float* z, Scratch s) {
+  const Panels panels(rows, p.K, s);
   configure_tiles();
-  panels.pack(x, ldx, rows, K);
-  shrink_panels(panels, rows, K, adapters, a, z, ldz, scale, s);
+  panels.pack(x, ldx, rows, p.K);
+  shrink_panels(p, a, panels, rows, z, s);
   _tile_release();
 }
 
@@ -104,13 +101,14 @@ void gemm_tiles(const Gemm& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, S
   const int64_t width = round_up(p.R, 32), block = min(kTileBlock, m1 - m0);
   const Panels x(block, p.K, s), z_panels(block, width, s);
   float* z = s.take<float>(block * p.R);
+  const Factor* a = p.a ? factor_rows<bf16>(p, s) : nullptr;
   bf16 *zg = s.take<bf16>(block * width), *f = s.take<bf16>(32 * width + VL), *edge = s.take<bf16>(32 * 32);
   for (int64_t i = 0; i < 32 * width; i++) f[i] = {};
   configure_tiles();
   for (int64_t m = m0; m < m1; m += block) {
     const int64_t rows = min(block, m1 - m);
     x.pack((const bf16*)p.x + m * p.ldx, p.ldx, rows, p.K);
-    if (p.a) shrink_panels(x, rows, p.K, p.adapters, p.a, z, p.R, 1, s);
+    if (p.a) shrink_panels(p, a, x, rows, z, s);
     if (p.a && p.z_out && n0 == 0) __builtin_memcpy(p.z_out + m * p.R, z, rows * p.R * sizeof(float));
     const float* own = p.a ? z : p.z + m * p.R;
     for (int64_t i = 0; i < rows; i++)
