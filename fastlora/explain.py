@@ -92,8 +92,5 @@ def _calls(layer, weight):
     # a quantised layer's x has another dtype than its weight may have
     x, y = A[0].new_empty(1, A[0].shape[1]), B[0].new_empty(1, B[0].shape[0])
     z = B[0].new_empty(1, sum(b.shape[1] for b in B))
-    if layer.kind == "embedding":
-        ids = torch.zeros(1, dtype=torch.int64, device=y.device)
-        return [("lora_embedding", (y, ids, A, B, scaling, gates, ranks, -1, False))]
     shrink = [("lora_shrink", (x, A, 0.0, None))] if isinstance(layer, OpaqueLoRA) else []
     return [*shrink, ("lora_expand", (y, z, B, scaling, gates, ranks, ()))]

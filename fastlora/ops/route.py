@@ -77,11 +77,6 @@ class Route:
         gates = np.array([gate for _, gate in flat], np.float32)
         return cls(offsets, [slot for slot, _ in flat], gates, device, rows)
 
-    def take(self, tokens):
-        """The route of these tokens alone, in this order."""
-        tokens, used = _integers("tokens", tokens), slice(int(self.offsets[-1]))
-        return Route(self.offsets, self.slots[used], self.gates[used], self.order.device, tokens)
-
     def with_room(self, entries, tiles):
         """This route in buffers for so many entries and tiles: what a graph that was captured with it reads."""
         room = copy.copy(self)

@@ -12,10 +12,10 @@ from . import config, tile
 
 @triton.jit
 def _expand_kernel(
-    y, z, g, b, out, ids, gathered, scale, M, N, R, V, start, width, ym, yn, zm, zr, gm, gr, bn, br,
+    y, z, g, b, out, ids, scale, M, N, R, V, start, width, ym, yn, zm, zr, gm, gr, bn, br,
     BM: tl.constexpr, BN: tl.constexpr, RP: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y; b's column 0 lies at y's column `start`. With ids, z is the rows they name of a table [V, R]."""
+    """A tile of y; b's column 0 lies at y's column `start`. With ids, z is what they name of the rows of z [V, R]."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (rows < M)[:, None] & (cols < N)[None, :]
@@ -30,12 +30,6 @@ def _expand_kernel(
         zm = 0
     acc = tile.update(acc, z, zm, zr, g, gm, gr, scale, b, bn, br, known, cols - start, M, width, R, to, RP, ONE)
     tl.store(out + rows[:, None] * N + cols[None, :], acc.to(to), mask=inside)
-    if ids is not None:
-        # Every block of columns gathers z, the first one stores it.
-        for first in range(0, tl.where(tl.program_id(1) == 0, R, 0), RP):
-            ranks = first + tl.arange(0, RP)
-            zt = tile.load_gated(z, zm, zr, None, 0, 0, 1.0, known, ranks, M, R, tl.float32)
-            tl.store(gathered + rows[:, None] * R + ranks[None, :], zt, mask=(rows < M)[:, None] & (ranks < R)[None, :])
 
 
 @triton.jit
@@ -154,31 +148,37 @@ def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
     return t, g, tile.split(db, lora_B, 1) if need_b else [], *grads
 
 
-def gated(t, g):
-    """dz = t ⊙ g (M, R)."""
-    return t * g.scale if g.rows is None else t * g.scale * g.rows
-
-
-def lora_expand(y, z, lora_B, scaling, gates, ranks, columns, table=None, ids=None):
-    """A new y with the update added to all columns or to [start, stop); with ids z is filled from a table [V, R]."""
+def lora_expand(y, z, lora_B, scaling, gates, ranks, columns, ids=None):
+    """A new y with the update added to all columns or to [start, stop); with ids z is what they name of its rows."""
     y2, z2, b = tile.rows_of(y), tile.rows_of(z), tile.join(lora_B, 1)
-    (M, N), R = y2.shape, z2.shape[1]
+    (M, N), (V, R) = y2.shape, z2.shape
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if not (M and N and R):
         return out.copy_(y)
-    g, (start, stop) = tile.gate(scaling, gates, ranks, z), columns or (0, N)
+    like = z if ids is None else y[..., :1].expand(*ids.shape, R)
+    g, (start, stop) = tile.gate(scaling, gates, ranks, like), columns or (0, N)
     grid, options = _plan(M, N, R, y.element_size())
-    source, gathered = (z2, None) if ids is None else (table, z2)
     tile.launch(
         _expand_kernel, grid, y,
-        y2, source, g.rows, b, out, ids, gathered, g.scale, M, N, R, len(source), start, stop - start,
-        *y2.stride(), *source.stride(), g.gm, g.gr, *b.stride(), **options,
+        y2, z2, g.rows, b, out, ids, g.scale, M, N, R, V, start, stop - start,
+        *y2.stride(), *z2.stride(), g.gm, g.gr, *b.stride(), **options,
     )  # fmt: skip
     return out
+
+
+def lora_embedding(y, ids, lora_A, lora_B, scaling, gates, ranks, padding_idx, scale_grad_by_freq):
+    """A new y with an embedding's update added; from several tables, too long to be joined, z is gathered by ATen."""
+    if len(lora_A) == 1 and not lora_A[0].numel() >> 31:
+        return lora_expand(y, lora_A[0].t(), lora_B, scaling, gates, ranks, (), ids.contiguous())
+    z = torch.cat([torch.embedding(a.t(), ids) for a in lora_A], -1)
+    return lora_expand(y, z, lora_B, scaling, gates, ranks, ())
 
 
 def lora_expand_backward(dy, z, lora_B, scaling, gates, ranks, columns, needs):
     """(dz, [dB], dscaling, dgates) of the outputs that are needed."""
     part = dy[..., columns[0] : columns[1]] if columns else dy
     t, g, *grads = expand_backward(tile.rows_of(part), z, lora_B, scaling, gates, ranks, needs)
-    return gated(t, g).to(z.dtype).view(z.shape) if needs[0] else z.new_empty(0), *grads
+    dz = z.new_empty(0)
+    if needs[0]:
+        dz = (t * g.scale if g.rows is None else t * g.scale * g.rows).to(z.dtype).view(z.shape)
+    return dz, *grads

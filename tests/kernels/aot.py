@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import dropout as dropout_module
-from fastlora.kernels import embedding, expand, linear, routed, shrink, tile
+from fastlora.kernels import expand, linear, routed, shrink, tile
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "kernels" / "resources.json"
@@ -74,7 +74,7 @@ def calls():
     def embedded(M, R=16, dtype=torch.bfloat16, adapters=None, gates=False):
         g, ids = meta(M, R, dtype=fp32) if gates else None, meta(M, dtype=torch.int64)
         a, b = meta(R, 50257, dtype=adapters or dtype), meta(4096, R, dtype=adapters or dtype)
-        return embedding.lora_embedding_forward(meta(M, 4096, dtype=dtype), ids, [a], [b], scaling, g, [], -1, False)
+        return expand.lora_embedding(meta(M, 4096, dtype=dtype), ids, [a], [b], scaling, g, [], -1, False)
 
     def routing(T, most=2, slices=(), dtype=torch.bfloat16, bias=False, K=4096, N=4096):
         i32, (x, w) = torch.int32, (meta(T, K, dtype=dtype), meta(N, K, dtype=dtype))
