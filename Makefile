@@ -40,8 +40,9 @@ demo: build
 serve: build
 	@$(BIN)/python examples/serve_smollm2.py
 
+# Files side by side, as most of them keep one core busy; threads of torch that wait leave it to the other file.
 test: build
-	$(BIN)/pytest -q -m "not slow"
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-all: test .venv/triton-3.6
 	FASTLORA_TRITON_36=$(CURDIR)/.venv/triton-3.6 $(BIN)/pytest -q -m slow
