@@ -1,9 +1,9 @@
 """The ops on a GPU against float64, by the error rule of the tests: `python -m benchmarks.gpu_check`.
 
 lora_linear with all its gradients and under inference_mode, where few tokens go through the decode kernel, and
-lora_shrink under inference_mode, one adapter, with and without dropout; lora_expand into some columns, lora_embedding,
-and lora_routed of tokens with several adapters, one or none, with gradients and without. Each composed of ATen calls
-and by the CUDA C++ kernels. Neither Triton's kernels nor the gradients of lora_shrink.
+lora_shrink under inference_mode, one adapter, with and without dropout; lora_expand into some columns, and of
+a table's rows; lora_routed of tokens with several adapters, one or none, with gradients and without. Each composed of
+ATen calls and by the CUDA C++ kernels. Neither Triton's kernels nor the gradients of lora_shrink.
 
 With `--device cpu` and FASTLORA_CUDA_LIBRARY naming the emulator's library it runs without a GPU.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from fastlora import Route, backends, lora_expand, lora_linear, lora_routed, lora_shrink
-from fastlora.ops.embedding import lora_embedding_op
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from exactness import assert_accurate, formula, rounded  # noqa: E402
@@ -131,11 +130,7 @@ def _embedding(size, dtype, device):
     def plain(to):
         return _results(lambda a: y.to(to) + (a[:, ids].T * 0.5) @ b.to(to).T, a.to(to))
 
-    def ours():
-        more = torch.tensor(0.5), None, [], -1, False
-        return _results(lambda a: lora_embedding_op(y, ids, [a], [b], *more), a)
-
-    return ours, plain
+    return lambda: _results(lambda a: lora_expand(y, a.t(), b, 0.5, ids=ids), a), plain
 
 
 def _routed(size, dtype, device):

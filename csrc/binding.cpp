@@ -42,7 +42,6 @@ void compute(torch::Library& m) {
   add<"fastlora::lora_shrink_backward", lora_shrink_backward>(m);
   add<"fastlora::lora_expand", lora_expand, check::expand>(m);
   add<"fastlora::lora_expand_backward", lora_expand_backward>(m);
-  add<"fastlora::lora_embedding", lora_embedding, check::embedding>(m);
   add<"fastlora::lora_routed", lora_routed, check::routed>(m);
   add<"fastlora::lora_routed_forward", lora_routed_forward, check::routed>(m);
   add<"fastlora::lora_routed_backward", lora_routed_backward>(m);
@@ -191,20 +190,10 @@ struct Expand : Recorded<Expand, "fastlora::lora_expand", "fastlora::lora_expand
 struct Routed : Recorded<Routed, "fastlora::lora_routed", "fastlora::lora_routed_forward", "fastlora::lora_routed_backward",
                          decltype(lora_routed_forward), decltype(lora_routed_backward), 5, 0, 1, 2, 3, 4, 5, 7> {};
 
-// By ops that have gradients, or refuse tangents, where there are any.
-Tensor embedding(FASTLORA_EMBEDDING_ARGS) {
-  bool wanted = torch::autograd::compute_requires_grad(y, lora_A, lora_B, scaling, gates);
-  for (TensorList given : {tensors_of(y), lora_A, lora_B}) wanted = wanted || isFwGradDefinedTensorList(given);
-  if (wanted && check::embedding(FASTLORA_EMBEDDING)) return composed_embedding(FASTLORA_EMBEDDING);
-  at::AutoDispatchBelowADInplaceOrView below;
-  return call<"fastlora::lora_embedding", decltype(lora_embedding)>(FASTLORA_EMBEDDING);
-}
-
 void differentiate(torch::Library& m) {
   m.impl("lora_linear", Linear::kernel);
   m.impl("lora_shrink", Shrink::kernel);
   m.impl("lora_expand", Expand::kernel);
-  m.impl("lora_embedding", embedding);
   m.impl("lora_routed", Routed::kernel);
   // double backward raises by name instead of being silently wrong
   for (auto op : {"lora_linear_forward", "lora_linear_backward", "lora_shrink_backward", "lora_expand_backward",

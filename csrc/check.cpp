@@ -85,18 +85,11 @@ bool expand(FASTLORA_EXPAND_ARGS) {
     if (!adapter(b, stop - start, -1, y)) return false;
   const auto R = total_rank(lora_B, 1);
   const auto zt = z.scalar_type(), yt = y.scalar_type();
-  return z.sizes() == IntArrayRef(with_last(y.sizes(), R)) && (zt == accumulate_type(yt) || zt == yt) &&
+  if (ids && (ids->sizes() != y.sizes().slice(0, y.dim() - 1) || ids->device() != y.device() || z.dim() != 2 ||
+              (ids->scalar_type() != at::kLong && ids->scalar_type() != at::kInt)))
+    return false;
+  return z.sizes() == IntArrayRef(with_last(ids ? z.sizes() : y.sizes(), R)) && (zt == accumulate_type(yt) || zt == yt) &&
          z.device() == y.device() && gate(scaling, gates, ranks, lora_B.size(), R, y);
-}
-
-bool embedding(FASTLORA_EMBEDDING_ARGS) {
-  if (!floating(y) || y.dim() < 1 || lora_A.size() != lora_B.size() || ids.device() != y.device()) return false;
-  if (ids.scalar_type() != at::kLong && ids.scalar_type() != at::kInt) return false;
-  if (ids.sizes() != y.sizes().slice(0, y.dim() - 1)) return false;
-  for (size_t e = 0; e < lora_A.size(); e++)
-    if (!adapter(lora_A[e], -1, -1, y) || lora_A[e].size(1) != lora_A[0].size(1) ||
-        !adapter(lora_B[e], y.size(-1), lora_A[e].size(0), y)) return false;
-  return gate(scaling, gates, ranks, lora_A.size(), total_rank(lora_A, 0), y);
 }
 
 }  // namespace fastlora::check

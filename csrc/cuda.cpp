@@ -188,15 +188,15 @@ Tensor product(Product& q) {
 
 const Products products = {project, outer, product, project_outer};
 
-Tensor embedding(const Tensor& given, const Tensor& ids, TensorList lora_A, TensorList lora_B, const Gate& gate) {
-  const int64_t N = given.size(-1), R = total_rank(lora_A, 0), vocabulary = R ? lora_A[0].size(1) : 0;
-  const auto out = at::empty(given.sizes(), given.options()).copy_(given), y = flat(out), which = ids.to(at::kLong).contiguous();
-  const auto a = with_rows(composed::joined(lora_A, false, vocabulary, y)), b = with_rows(composed::joined(lora_B, true, N, y).t());
+Tensor gather(const Product& q, const Tensor& table, const Tensor& ids) {
+  const auto out = at::empty(q.like.sizes(), q.like.options()).copy_(q.like), y = flat(out).narrow(1, *q.start, q.N);
+  const auto a = with_rows(table.t().to(y.scalar_type())), b = with_rows(composed::joined(q.f, true, q.N, y).t());
+  const auto rows = ids.to(at::kLong).contiguous();
   Launch launch(out);
   GatherParams p{launch.rows(y), launch.rows(a), launch.rows(b)};
-  p.ids = launch.as<const long long>(which), p.m = y.size(0), p.ranks = R, p.columns = N, p.vocab = vocabulary;
-  launch.gate(p, gate, R);
-  launch(library.launch_gather, p, out.scalar_type());
+  p.ids = launch.as<const long long>(rows), p.m = y.size(0), p.ranks = a.size(0), p.columns = q.N, p.vocab = a.size(1);
+  launch.gate(p, q.z.gate, p.ranks);
+  launch(library.launch_gather, p, y.scalar_type());
   return out;
 }
 

@@ -15,9 +15,8 @@ inline const std::vector<Status> statuses = {
                              "shrink_backward_kernel (dA)", 0, 0, 0},
     {"lora_shrink", "shrink_kernel", 0, 0, 0},
     {"lora_shrink_backward", "linear_kernel (dx), shrink_backward_kernel (dA)", 0, 0, 0},
-    {"lora_expand", "expand_kernel", 0, 0, 0},
+    {"lora_expand", "expand_kernel, or gather_kernel (ids)", 0, 0, 0},
     {"lora_expand_backward", "expand_backward_kernel (t and dB), shrink_kernel (t) or shrink_backward_kernel (dB)", 0, 0, 0},
-    {"lora_embedding", "gather_kernel (without gradients)", 0, 0, 0},
     {"lora_routed_forward", "decode_kernel (few rows, no gradients) or routed_shrink_kernel, routed_expand_kernel", 0, 0, 0},
 };
 
@@ -26,7 +25,8 @@ std::string objection(const Status&, const std::vector<int64_t>& sizes, bool hal
                       const std::optional<std::string>& form);
 bool takes(const char* op, const Tensor& x);
 
-Tensor embedding(const Tensor& y, const Tensor& ids, TensorList lora_A, TensorList lora_B, const Gate& gate);
+// y + (z[ids] g) f
+Tensor gather(const Product&, const Tensor& z, const Tensor& ids);
 // lora_routed of adapters that all lie in pages
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList pages);
 RoutedForward routed(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, TensorList route, const Tensor& gates,

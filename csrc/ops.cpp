@@ -2,8 +2,8 @@
 // draw_seed.
 #include "ops.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/embedding.h>
+#include <ATen/ops/embedding_dense_backward.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/sum.h>
@@ -84,10 +84,13 @@ Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
   const auto wide = accumulate_type(y.scalar_type());
   const int64_t start = columns.empty() ? 0 : columns[0], stop = columns.empty() ? y.size(-1) : columns[1];
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), y, wide);
-  Gated given{gate, z.to(wide).contiguous()};
+  const bool ours = cpu::takes(y, lora_B), kernels = cuda::takes("lora_expand", y);
+  Gated given{gate};
   Product p{y, stop - start, {}, {}, given, lora_B, true};
   p.start = start;
-  return products(cuda::takes("lora_expand", y), cpu::takes(y, lora_B)).product(p);
+  if (ids && kernels) return cuda::gather(p, z, *ids);
+  given.z = (ids ? at::embedding(z, *ids) : z).to(wide).contiguous();
+  return products(kernels, ours).product(p);
 }
 
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
@@ -96,28 +99,17 @@ ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
   const auto wide = accumulate_type(dy.scalar_type());
   const auto gate = make_gate(scaling, gates, ranks, z.size(-1), dy, wide);
   const auto dv = columns.empty() ? dy : flat(dy).narrow(1, columns[0], columns[1] - columns[0]);
-  const Gated kept{gate, flat(z.to(wide)).contiguous()};
+  const auto rows = ids ? at::embedding(z, *ids) : z;
+  const Gated kept{gate, flat(rows.to(wide)).contiguous()};
   auto dz = nothing(z), dscaling = nothing(z), dgates = nothing(z);
   const bool of_gate = need_scaling || need_gates;
   Gated t{gate};
   auto dB = expand_backward(use, t, need_z || of_gate, kept, need_B, dv, lora_B);
-  if (need_z) dz = gate.times(flat(t.z)).to(z.scalar_type()).reshape(z.sizes());
+  if (need_z) dz = gate.times(flat(t.z)).to(z.scalar_type()).reshape(rows.sizes());
+  if (need_z && ids) dz = at::embedding_dense_backward(dz, *ids, z.size(0), -1, false);
   if (of_gate)
     std::tie(dscaling, dgates) = gate_backward(flat(t.z) * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
   return {dz, dB, dscaling, dgates};
-}
-
-Tensor lora_embedding(FASTLORA_EMBEDDING_ARGS) {
-  if (!cuda::takes("lora_embedding", y)) return composed_embedding(FASTLORA_EMBEDDING);
-  return cuda::embedding(y, ids, lora_A, lora_B, make_gate(scaling, gates, ranks, total_rank(lora_A, 0), y, at::kFloat));
-}
-
-Tensor composed_embedding(FASTLORA_EMBEDDING_ARGS) {
-  const auto wide = accumulate_type(y.scalar_type());
-  Tensors z;
-  for (const auto& a : lora_A) z.push_back(at::embedding(a.t(), ids, padding_idx, scale_grad_by_freq));
-  const auto all = z.empty() ? at::empty(with_last(y.sizes(), 0), y.options().dtype(wide)) : at::cat(z, -1).to(wide);
-  return call<"fastlora::lora_expand", decltype(lora_expand)>(y, all, lora_B, scaling, gates, ranks, IntArrayRef());
 }
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed) {

@@ -34,11 +34,9 @@ using RoutedBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tens
 #define FASTLORA_SHRINK_ARGS const Tensor &x, TensorList lora_A, double dropout_p, const MaybeTensor &seed
 #define FASTLORA_SHRINK_BACKWARD_ARGS const Tensor &dz, FASTLORA_SHRINK_ARGS, std::array<bool, 2> needs
 #define FASTLORA_EXPAND_OPTIONS                                                                                          \
-  const Tensor &z, TensorList lora_B, const Tensor &scaling, const MaybeTensor &gates, IntArrayRef ranks, IntArrayRef columns
+  const Tensor &z, TensorList lora_B, const Tensor &scaling, const MaybeTensor &gates, IntArrayRef ranks,                \
+      IntArrayRef columns, const MaybeTensor &ids
 #define FASTLORA_EXPAND_ARGS const Tensor &y, FASTLORA_EXPAND_OPTIONS
-#define FASTLORA_EMBEDDING_ARGS                                                                                           \
-  const Tensor &y, const Tensor &ids, TensorList lora_A, TensorList lora_B, const Tensor &scaling,                        \
-      const MaybeTensor &gates, IntArrayRef ranks, int64_t padding_idx, bool scale_grad_by_freq
 #define FASTLORA_EXPAND_BACKWARD_ARGS const Tensor &dy, FASTLORA_EXPAND_OPTIONS, std::array<bool, 4> needs
 // routes are made by ops/route.py
 #define FASTLORA_ROUTED_OPTIONS \
@@ -49,7 +47,6 @@ using RoutedBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tens
 
 // the same arguments, passed on
 #define FASTLORA_LINEAR x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed
-#define FASTLORA_EMBEDDING y, ids, lora_A, lora_B, scaling, gates, ranks, padding_idx, scale_grad_by_freq
 #define FASTLORA_ROUTED x, weight, lora_A, lora_B, scaling, bias, route, gates, column_scale, slices, pages
 
 // A route's tensors on the host: segment i is the tokens starts[i] .. starts[i + 1] of `order`, its list slots[bounds[i]] ..
@@ -107,9 +104,6 @@ ShrinkBackward lora_shrink_backward(FASTLORA_SHRINK_BACKWARD_ARGS);
 Tensor lora_expand(FASTLORA_EXPAND_ARGS);
 ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS);
 
-Tensor lora_embedding(FASTLORA_EMBEDDING_ARGS);
-Tensor composed_embedding(FASTLORA_EMBEDDING_ARGS);   // of ops that have gradients
-
 Tensor lora_routed(FASTLORA_ROUTED_ARGS);
 RoutedForward lora_routed_forward(FASTLORA_ROUTED_ARGS);
 RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS);
@@ -124,7 +118,6 @@ namespace check {
 bool linear(FASTLORA_LINEAR_ARGS);
 bool shrink(FASTLORA_SHRINK_ARGS);
 bool expand(FASTLORA_EXPAND_ARGS);
-bool embedding(FASTLORA_EMBEDDING_ARGS);
 bool routed(FASTLORA_ROUTED_ARGS);
 bool dropout(double p, const MaybeTensor& seed, const Tensor& x);
 

@@ -93,4 +93,4 @@ def _calls(layer, weight):
     x, y = A[0].new_empty(1, A[0].shape[1]), B[0].new_empty(1, B[0].shape[0])
     z = B[0].new_empty(1, sum(b.shape[1] for b in B))
     shrink = [("lora_shrink", (x, A, 0.0, None))] if isinstance(layer, OpaqueLoRA) else []
-    return [*shrink, ("lora_expand", (y, z, B, scaling, gates, ranks, ()))]
+    return [*shrink, ("lora_expand", (y, z, B, scaling, gates, ranks, (), None))]

@@ -52,7 +52,7 @@ SIGNATURES = {
     "lora_shrink": "(x, lora_A, *, dropout_p=0.0, training=False, seed=None)",
     "lora_routed": "(x, weight, lora_A, lora_B, route, bias=None, *, scaling=1.0, column_scale=None, slices=None, "
     "pages=None)",
-    "lora_expand": "(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=None)",
+    "lora_expand": "(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=None, ids=None)",
 }
 # Ops that back-ends implement; draw_seed calls torch's generator and has no back-ends.
 IMPLEMENTED = {
@@ -63,7 +63,6 @@ IMPLEMENTED = {
     "lora_shrink_backward",
     "lora_expand",
     "lora_expand_backward",
-    "lora_embedding",
     "lora_routed",
     "lora_routed_forward",
     "lora_routed_backward",

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
 #include "../cuda.h"
 #include "adapters.h"
@@ -112,7 +113,8 @@ Tensor gradient(const std::vector<int64_t>& tokens, std::vector<float>& z, const
                 bool last_is_rank) {
   if (z.empty()) return at::zeros(adapter.sizes(), adapter.options());
   const auto m = static_cast<int64_t>(tokens.size());
-  const bool together = tokens.back() - tokens.front() == m - 1 && std::is_sorted(tokens.begin(), tokens.end());
+  // one after the other, and none twice
+  const bool together = tokens.back() - tokens.front() == m - 1 && std::is_sorted(tokens.begin(), tokens.end(), std::less_equal());
   const auto mine = together ? x.narrow(0, tokens.front(), m) : x.index_select(0, at::tensor(tokens));
   const auto rows = at::from_blob(z.data(), {m, adapter.size(last_is_rank)}, at::kFloat);
   return products.outer({Gate{}, rows}, mine, adapter, last_is_rank, {})[0];

@@ -86,8 +86,9 @@ def default_get_loss(example_dataset, model, batch_size):
     from transformers import default_data_collator
 
     count, device, total = len(example_dataset), next(model.parameters()).device, 0.0
-    for rows in torch.arange(count).split(batch_size or count):
-        batch = default_data_collator([example_dataset[i] for i in rows.tolist()])
+    size = min(count, batch_size or count)
+    for start in range(0, count, size):
+        batch = default_data_collator([example_dataset[i] for i in range(start, min(start + size, count))])
         with torch.no_grad():
             total += float(model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss)
     return total / count

@@ -40,6 +40,10 @@ class AttentionLoRA:
             out_features, in_features = self.projection_weights()[name].shape
             self.add_module(f"lora_{name}", cls(in_features, out_features).train(self.training))
 
+    def reset_lora_parameters(self):
+        for projection in self.projections().values():
+            projection.reset_lora_parameters()
+
     def projections(self):
         """{"q": ProjectionLoRA, …} of those that have an adapter."""
         return {name: self._modules[f"lora_{name}"] for name in PROJECTIONS if f"lora_{name}" in self._modules}
@@ -180,5 +184,5 @@ class MultiheadAttention(AttentionLoRA, nn.MultiheadAttention):
             weight = self.out_proj.weight
             for _, projection, name, _ in self.places():
                 projection.attach(r, lora_alpha, lora_dropout, weight.dtype, weight.device)
-                projection.reset_lora_parameters()
                 self.get_parameter(name).requires_grad = False
+            self.reset_lora_parameters()

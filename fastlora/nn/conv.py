@@ -96,7 +96,7 @@ class ConvLoRA(LoRALayer):
         base = self.plain(x, self.weight)
         # the kernels copy strided tensors anyway, and Inductor fails on those with symbolic sizes
         y, z = base.movedim(channels, -1).contiguous(), z.contiguous()
-        y = lora_expand_op(y, z, self.up(B), scaling, gates, rank_list(A, gates), ()).movedim(-1, channels)
+        y = lora_expand_op(y, z, self.up(B), scaling, gates, rank_list(A, gates), (), None).movedim(-1, channels)
         # a view with channels last would break a program's y.view(len(y), -1)
         return y.contiguous() if base.is_contiguous() else y
 

@@ -8,7 +8,7 @@ from fastlora.nn.layer import LoRALayer
 from fastlora.nn.switch import match_rows, rank_list
 from fastlora.ops import check
 from fastlora.ops.dropout import draw_seed, lora_dropout_op
-from fastlora.ops.embedding import lora_embedding_op
+from fastlora.ops.expand import lora_expand_op
 
 
 class EmbeddingLoRA(LoRALayer):
@@ -37,13 +37,18 @@ class EmbeddingLoRA(LoRALayer):
 
     def adapted(self, ids, A, B, scaling, gates):
         ids, gates = match_rows(ids, ids.shape, gates)
-        y, ranks = self.plain(ids, self.weight), rank_list(A, gates)
+        if len(A) == 1 and not (A[0].requires_grad and torch.is_grad_enabled()):
+            z, rows = A[0].t(), ids
+        else:
+            # dense gradients, whatever W's are: torch has no sparse gradient of a transposed view
+            z = [F.embedding(ids, a.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq) for a in A]
+            z, rows = torch.cat(z, -1), None
+        ranks = rank_list(A, gates)
         if (p := self.dropout_p()) > 0:
             # dropout of a one-hot row: the token's update is kept or not
-            kept = lora_dropout_op(y.new_ones((*ids.shape, 1)), p, draw_seed(y))
+            kept = lora_dropout_op(z.new_ones((*ids.shape, 1)), p, draw_seed(z))
             gates = kept if gates is None else gates * kept
-        padding_idx = -1 if self.padding_idx is None else self.padding_idx
-        return lora_embedding_op(y, ids, A, B, scaling, gates, ranks, padding_idx, self.scale_grad_by_freq)
+        return lora_expand_op(self.plain(ids, self.weight), z, B, scaling, gates, ranks, (), rows)
 
 
 class Embedding(EmbeddingLoRA, nn.Embedding):

@@ -2,7 +2,6 @@
 
 from fastlora import backends
 from fastlora.ops import dropout, library
-from fastlora.ops.embedding import lora_embedding_op, lora_embedding_reference
 from fastlora.ops.expand import lora_expand
 from fastlora.ops.linear import lora_linear, lora_linear_op
 from fastlora.ops.route import Pages, Route
@@ -16,5 +15,4 @@ if backends.native()[0] is None:
         library.autograd_in_python(*formula)
     for op in (lora_linear_op, lora_shrink_op, lora_routed_op):
         library.autocast_in_python(op)
-    library.lib.impl(lora_embedding_op, lora_embedding_reference, "Autograd")
 backends.pin_from_environment()

@@ -44,15 +44,6 @@ def adapter(name, t, rows, columns, x):
     tensor(name, t, x, (rows, columns), x.dtype, *([torch.float32] if half else []))
 
 
-def pairs(lora_A, lora_B, inner, out, x):
-    """Of each adapter one (r, inner) and one (out, r)."""
-    for a in lora_A:
-        adapter("lora_A", a, None, inner, x)
-    value(len(lora_A) == len(lora_B), "lora_B", f"{len(lora_B)} tensors", f"{len(lora_A)}, as lora_A")
-    for a, b in zip(lora_A, lora_B, strict=True):
-        adapter("lora_B", b, out, a.shape[0], x)
-
-
 def probability(p):
     value(0 <= p <= 1, "dropout_p", p, "a number from 0 to 1")
 
@@ -109,15 +100,17 @@ def base(x, weight, bias):
 
 def linear(x, weight, lora_A, lora_B, scaling, bias, gates, ranks, column_scale, dropout_p, seed):
     base(x, weight, bias)
+    shrink(x, lora_A, dropout_p, seed)
     out = weight.shape[0]
-    pairs(lora_A, lora_B, x.shape[-1], out, x)
-    dropout(x, dropout_p, seed)
+    value(len(lora_A) == len(lora_B), "lora_B", f"{len(lora_B)} tensors", f"{len(lora_A)}, as lora_A")
+    for a, b in zip(lora_A, lora_B, strict=True):
+        adapter("lora_B", b, out, a.shape[0], x)
     gate(scaling, gates, ranks, len(lora_A), sum(a.shape[0] for a in lora_A), x.shape[:-1], x.device)
     if column_scale is not None:
         tensor("column_scale", column_scale, x, (out,), *_FLOATS)
 
 
-def expand(y, z, lora_B, scaling, gates, ranks, columns):
+def expand(y, z, lora_B, scaling, gates, ranks, columns, ids):
     dense("y", y)
     value(y.dim() >= 1, "y", "a 0-d tensor", "(..., out)")
     value(len(columns) in (0, 2), "columns", list(columns), "(start, stop)")
@@ -126,13 +119,8 @@ def expand(y, z, lora_B, scaling, gates, ranks, columns):
     for b in lora_B:
         adapter("lora_B", b, stop - start, None, y)
     R = sum(b.shape[1] for b in lora_B)
-    tensor("z", z, y, (*y.shape[:-1], R), torch.float64 if y.dtype == torch.float64 else torch.float32, y.dtype)
+    rows = y.shape[:-1] if ids is None else (None,)
+    tensor("z", z, y, (*rows, R), torch.float64 if y.dtype == torch.float64 else torch.float32, y.dtype)
+    if ids is not None:
+        tensor("ids", ids, y, y.shape[:-1], torch.int64, torch.int32)
     gate(scaling, gates, ranks, len(lora_B), R, y.shape[:-1], y.device)
-
-
-def embedding(y, ids, lora_A, lora_B, scaling, gates, ranks, padding_idx, scale_grad_by_freq):
-    dense("y", y)
-    value(y.dim() >= 1, "y", "a 0-d tensor", "(..., out)")
-    tensor("ids", ids, y, y.shape[:-1], torch.int64, torch.int32)
-    pairs(lora_A, lora_B, lora_A[0].shape[-1:].numel() if lora_A else 0, y.shape[-1], y)
-    gate(scaling, gates, ranks, len(lora_A), sum(a.shape[0] for a in lora_A), y.shape[:-1], y.device)

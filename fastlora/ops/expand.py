@@ -1,24 +1,27 @@
 """y + (z ⊙ g) lora_Bᵀ, the second half of the update."""
 
 import torch
+import torch.nn.functional as F
 
 from fastlora.ops import check
 from fastlora.ops.library import differentiable, scalar
 from fastlora.ops.shrink import apart, flat, join
 
 
-def lora_expand(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=None):
+def lora_expand(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=None, ids=None):
     """y with the low-rank update added: y + (z ⊙ g) lora_Bᵀ, to all columns or to columns start:stop.
 
     y (..., out) is never written; z (..., R) from `lora_shrink`; lora_B (stop − start, R), or a sequence, one per
-    adapter. `scaling`, `gates`, `ranks` as in `lora_linear`. Returns a new tensor of y's shape and dtype. Serves
-    layers whose base is no dense matrix: embeddings, convolutions, quantised or opaque modules. Raises ValueError or
-    TypeError that names the argument. Source: Hu et al. 2021, arXiv 2106.09685.
+    adapter. `scaling`, `gates`, `ranks` as in `lora_linear`. With `ids` (...), int64 or int32, z is a table (V, R)
+    whose row ids[...] takes z's place: lora_Aᵀ for an embedding, whose x is one-hot. An id that is not in it is
+    torch's embedding's error. Returns a new tensor of y's shape and dtype. Serves layers whose base is no dense
+    matrix: embeddings, convolutions, quantised or opaque modules. Raises ValueError or TypeError that names the
+    argument. Source: Hu et al. 2021, arXiv 2106.09685.
     """
     B = check.tensors("lora_B", lora_B)
     if ranks is None:
         ranks = [] if isinstance(lora_B, torch.Tensor) else [b.shape[1] for b in B]
-    return lora_expand_op(y, z, B, scalar(scaling), gates, ranks, () if columns is None else columns)
+    return lora_expand_op(y, z, B, scalar(scaling), gates, ranks, () if columns is None else columns, ids)
 
 
 def expand_gate(scaling, gates, ranks, device, dtype):
@@ -38,21 +41,25 @@ def add_update(y, z, lora_B, g):
     return y
 
 
-def lora_expand_reference(y, z, lora_B, scaling, gates, ranks, columns):
+def lora_expand_reference(y, z, lora_B, scaling, gates, ranks, columns, ids):
+    z = z if ids is None else F.embedding(ids, z)
     g, part = expand_gate(scaling, gates, ranks, y.device, z.dtype), slice(*columns or (None,))
     out = y.clone(memory_format=torch.contiguous_format)
     out[..., part] = add_update(y[..., part].to(z.dtype), z, lora_B, g)
     return out
 
 
-def lora_expand_backward_reference(dy, z, lora_B, scaling, gates, ranks, columns, needs):
+def lora_expand_backward_reference(dy, z, lora_B, scaling, gates, ranks, columns, ids, needs):
     """With t = dy lora_B: dz = t ⊙ g, dB = dyᵀ (z ⊙ g), dg = t ⊙ z."""
     need_z, need_B, need_scaling, need_gates = needs
+    table, z = z, z if ids is None else F.embedding(ids, z)
     dy = dy[..., slice(*columns or (None,))].to(z.dtype)
     g = expand_gate(scaling, gates, ranks, dy.device, z.dtype)
     t = join([dy @ b.to(dy.dtype) for b in lora_B], dy, dy.dtype)
     dz = (t * g).contiguous() if need_z else z.new_empty(0)
     dB = apart(flat(dy).T @ flat(z * g), lora_B, 1) if need_B else []
+    if need_z and ids is not None:
+        dz = torch.ops.aten.embedding_dense_backward(dz, ids, len(table), -1, False)
     dg, dscaling, dgates = t * z, z.new_empty(0), z.new_empty(0)
     if ranks:
         dg = torch.stack([rows.sum(-1) for rows in dg.split(list(ranks), -1)], -1)
@@ -64,7 +71,9 @@ def lora_expand_backward_reference(dy, z, lora_B, scaling, gates, ranks, columns
     return dz, dB, dscaling, dgates
 
 
-_ARGUMENTS = "Tensor y, Tensor z, Tensor[] lora_B, Tensor scaling, Tensor? gates, int[] ranks, int[] columns"
+_ARGUMENTS = (
+    "Tensor y, Tensor z, Tensor[] lora_B, Tensor scaling, Tensor? gates, int[] ranks, int[] columns, Tensor? ids"
+)
 _REFERENCES = lora_expand_reference, lora_expand_backward_reference
 lora_expand_op = differentiable(
     "lora_expand", _ARGUMENTS, (1, 2, 3, 4), check.expand, lambda y, *_: y.new_empty(y.shape), _REFERENCES, apart=0

@@ -74,7 +74,7 @@ def lora_linear_backward_reference(
     dy = dy.to(z.dtype)
     dv = dy if column_scale is None else dy * column_scale.to(z.dtype)
     half = [need_x or need_A, need_B, need_scaling, need_gates]
-    dz, dB, dscaling, dgates = lora_expand_backward_reference(dv, z, lora_B, scaling, gates, ranks, (), half)
+    dz, dB, dscaling, dgates = lora_expand_backward_reference(dv, z, lora_B, scaling, gates, ranks, (), None, half)
     dx, dA = x.new_empty(0), []
     if need_x or need_A:
         dx, dA = lora_shrink_backward_reference(dz, x.to(z.dtype), lora_A, dropout_p, seed, [need_x, need_A])

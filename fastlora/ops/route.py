@@ -37,6 +37,8 @@ class Route:
         lists = (tuple(flat[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
         group = np.array([numbers.setdefault(listed, len(numbers)) for listed in lists], np.int64)
         if rows is not None:
+            rows = _integers("rows", rows)
+            check.value(not rows.size or rows.max() < len(group), "rows", rows[:8].tolist(), f"rows below {len(group)}")
             group, starts, lengths = group[rows], offsets[:-1][rows], lengths[rows]
             offsets = np.concatenate([[0], np.cumsum(lengths)])
             entries = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
@@ -46,7 +48,7 @@ class Route:
         starts = [0, *accumulate(count for _, count in used)]
         bounds = [0, *accumulate(len(listed) for listed, _ in used)]
         every = [slot for listed, _ in used for slot in listed]
-        self.plan = torch.tensor([len(used), *starts, *bounds, *every])
+        self.plan = torch.tensor([len(used), *starts, *bounds, *every], device="cpu")
         tiles = [
             (start + i, min(TILE, count - i), len(listed))
             for start, (listed, count) in zip(starts, used, strict=False)
@@ -72,10 +74,16 @@ class Route:
         rows = _integers("rows", rows, -1)
         check.value(not rows.size or rows.max() < len(lists), "rows", rows.tolist()[:8], f"rows below {len(lists)}")
         # the last one is that of −1
+        rows = np.where(rows < 0, len(lists), rows)
         offsets = [0, *accumulate(map(len, (*lists, ())))]
         flat = [entry for entries in lists for entry in entries]
-        gates = np.array([gate for _, gate in flat], np.float32)
+        gates = torch.from_numpy(np.array([gate for _, gate in flat], np.float32))
         return cls(offsets, [slot for slot, _ in flat], gates, device, rows)
+
+    def take(self, tokens):
+        """The route of these tokens alone, in this order."""
+        n = int(self.offsets[-1])
+        return Route(self.offsets, self.slots[:n], self.gates[:n], self.order.device, tokens)
 
     def with_room(self, entries, tiles):
         """This route in buffers for so many entries and tiles: what a graph that was captured with it reads."""

@@ -148,8 +148,10 @@ def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
     return t, g, tile.split(db, lora_B, 1) if need_b else [], *grads
 
 
-def lora_expand(y, z, lora_B, scaling, gates, ranks, columns, ids=None):
+def lora_expand(y, z, lora_B, scaling, gates, ranks, columns, ids):
     """A new y with the update added to all columns or to [start, stop); with ids z is what they name of its rows."""
+    if ids is not None and z.numel() >> 31:
+        z, ids = torch.embedding(z, ids), None
     y2, z2, b = tile.rows_of(y), tile.rows_of(z), tile.join(lora_B, 1)
     (M, N), (V, R) = y2.shape, z2.shape
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
@@ -160,25 +162,20 @@ def lora_expand(y, z, lora_B, scaling, gates, ranks, columns, ids=None):
     grid, options = _plan(M, N, R, y.element_size())
     tile.launch(
         _expand_kernel, grid, y,
-        y2, z2, g.rows, b, out, ids, g.scale, M, N, R, V, start, stop - start,
+        y2, z2, g.rows, b, out, None if ids is None else ids.contiguous(), g.scale, M, N, R, V, start, stop - start,
         *y2.stride(), *z2.stride(), g.gm, g.gr, *b.stride(), **options,
     )  # fmt: skip
     return out
 
 
-def lora_embedding(y, ids, lora_A, lora_B, scaling, gates, ranks, padding_idx, scale_grad_by_freq):
-    """A new y with an embedding's update added; from several tables, too long to be joined, z is gathered by ATen."""
-    if len(lora_A) == 1 and not lora_A[0].numel() >> 31:
-        return lora_expand(y, lora_A[0].t(), lora_B, scaling, gates, ranks, (), ids.contiguous())
-    z = torch.cat([torch.embedding(a.t(), ids) for a in lora_A], -1)
-    return lora_expand(y, z, lora_B, scaling, gates, ranks, ())
-
-
-def lora_expand_backward(dy, z, lora_B, scaling, gates, ranks, columns, needs):
-    """(dz, [dB], dscaling, dgates) of the outputs that are needed."""
+def lora_expand_backward(dy, z, lora_B, scaling, gates, ranks, columns, ids, needs):
+    """(dz, [dB], dscaling, dgates) of the outputs that are needed; with ids ATen gathers z and scatters dz."""
+    table, z = z, z if ids is None else torch.embedding(z, ids)
     part = dy[..., columns[0] : columns[1]] if columns else dy
     t, g, *grads = expand_backward(tile.rows_of(part), z, lora_B, scaling, gates, ranks, needs)
     dz = z.new_empty(0)
     if needs[0]:
         dz = (t * g.scale if g.rows is None else t * g.scale * g.rows).to(z.dtype).view(z.shape)
+    if needs[0] and ids is not None:
+        dz = torch.ops.aten.embedding_dense_backward(dz, ids, len(table), -1, False)
     return dz, *grads

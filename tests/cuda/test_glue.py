@@ -11,7 +11,6 @@ import torch
 from exactness import strided, transposed
 
 from fastlora import backends, lora_expand, lora_linear, lora_shrink
-from fastlora.ops.embedding import lora_embedding_op
 
 native = backends.native()[0]
 pytestmark = [
@@ -147,21 +146,17 @@ def test_expand(emulated, gates):
 
 @pytest.mark.parametrize("gates", [None, torch.tensor([2.0, 0.5]), torch.ones(20, 2) * torch.tensor([0.5, 2.0])])
 def test_embedding(emulated, gates):
-    """Ids of both types, tensors of any layout; y keeps its values. With gradients z is gathered by ATen."""
-    y, _, A, B = arguments(ranks=(8, 3), k=40)
-    ids, kept, more = torch.arange(20) * 7 % 40, y.clone(), (torch.tensor(0.5), gates, [8, 3], 7, False)
-    for layout in (torch.clone, strided, transposed):
-        given = layout(y), tuple(map(layout, A)), tuple(map(layout, B))
-        same(lambda y, A, B: lora_embedding_op(y, ids, A, B, *more), *given)
-        assert emulated() == 2, "the expand and its backward"
-        found = lora_embedding_op(given[0], ids.int(), *given[1:], *more)
-        assert emulated() == 1 and torch.equal(given[0], kept)
-        native.pin_gpu("composed")
-        assert torch.equal(found, lora_embedding_op(y, ids, A, B, *more))
-        native.pin_gpu("kernels")
-    y, given = y.view(4, 5, 40), ids.view(4, 5)
-    more = (*more[:1], None, *more[2:])
-    assert torch.equal(lora_embedding_op(y, given, A, B, *more).view(20, 40), lora_embedding_op(kept, ids, A, B, *more))
+    """Rows of a table, by ids of both types, into columns of a y of any layout, which keeps its values."""
+    x, _, A, B = arguments(ranks=(11,), k=40)
+    ids, kept = torch.arange(20) * 7 % 40, torch.cat((x, x), 1)[:, :50].clone()
+    more = dict(scaling=0.5, gates=gates, ranks=[8, 3], columns=(3, 43))
+    for layout, type in ((torch.clone, torch.int64), (strided, torch.int32), (transposed, torch.int64)):
+        y, a, b, rows = layout(kept), layout(A[0]), layout(B[0]), ids.to(type)
+        same(lambda y, a, b, rows=rows: lora_expand(y, a.t(), b, ids=rows, **more), y, a, b)
+        assert emulated() == 2 and torch.equal(y, kept)
+    y, rows = kept.view(4, 5, 50), ids.view(4, 5)
+    same(lambda b: lora_expand(y, A[0].t(), b, columns=(3, 43), ids=rows), B[0])
+    assert emulated() == 2, "the gather, and dB alone"
 
 
 def test_what_is_not_taken(emulated):

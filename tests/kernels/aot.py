@@ -57,7 +57,9 @@ def calls():
 
     def gated(M, ranks, E):
         z, b, g = meta(M, sum(ranks), dtype=fp32), meta(4096, sum(ranks)), meta(M, E, dtype=fp32)
-        return expand.lora_expand_backward(meta(M, 4096), z, [b], scaling, g, ranks, [], [True, True, False, True])
+        return expand.lora_expand_backward(
+            meta(M, 4096), z, [b], scaling, g, ranks, [], None, [True, True, False, True]
+        )
 
     def backward(M, K=4096, N=4096, R=16, dtype=torch.bfloat16, adapters=None, gates=False, p=0.0):
         a, b = meta(R, K, dtype=adapters or dtype), meta(N, R, dtype=adapters or dtype)
@@ -69,12 +71,12 @@ def calls():
 
     def expanded(M, dtype=torch.bfloat16):
         y, z, b = meta(M, 4096, dtype=dtype), meta(M, 16, dtype=torch.float32), meta(4096, 16, dtype=dtype)
-        return expand.lora_expand(y, z, [b], scaling, None, [], [])
+        return expand.lora_expand(y, z, [b], scaling, None, [], [], None)
 
     def embedded(M, R=16, dtype=torch.bfloat16, adapters=None, gates=False):
         g, ids = meta(M, R, dtype=fp32) if gates else None, meta(M, dtype=torch.int64)
         a, b = meta(R, 50257, dtype=adapters or dtype), meta(4096, R, dtype=adapters or dtype)
-        return expand.lora_embedding(meta(M, 4096, dtype=dtype), ids, [a], [b], scaling, g, [], -1, False)
+        return expand.lora_expand(meta(M, 4096, dtype=dtype), a.t(), [b], scaling, g, [], [], ids)
 
     def routing(T, most=2, slices=(), dtype=torch.bfloat16, bias=False, K=4096, N=4096):
         i32, (x, w) = torch.int32, (meta(T, K, dtype=dtype), meta(N, K, dtype=dtype))

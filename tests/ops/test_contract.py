@@ -66,8 +66,8 @@ def test_opcheck_halves(backend):
     args = (z.detach(), x.detach(), [a.detach()], 0.1, seed, [True, True])
     torch.library.opcheck(ops.lora_shrink_backward.default, args)
     gates = torch.rand(6, 2, requires_grad=True)
-    torch.library.opcheck(ops.lora_expand.default, (y, z, [b], half(), gates, [1, 3], [2, 14]))
-    args = (y.detach(), z.detach(), [b.detach()], half(), gates.detach(), [1, 3], [2, 14], [True, True, True, True])
+    torch.library.opcheck(ops.lora_expand.default, (y, z, [b], half(), gates, [1, 3], [2, 14], None))
+    args = (y.detach(), z.detach(), [b.detach()], half(), gates.detach(), [1, 3], [2, 14], None, [True] * 4)
     torch.library.opcheck(ops.lora_expand_backward.default, args)
     torch.library.opcheck(ops.lora_dropout.default, (x.detach(), 0.25, seed))
 

@@ -83,3 +83,11 @@ def test_halves(backend):
     refuse("columns", ValueError, lambda: lora_expand(y, z, b, columns=(1,)))
     refuse("scaling", ValueError, lambda: lora_expand(y, z, b, torch.ones(5)))
     refuse("gates", ValueError, lambda: lora_expand(y, z, b, gates=torch.ones(4)))
+    ids = torch.zeros(5, dtype=torch.long)
+    refuse("z", ValueError, lambda: lora_expand(y, z[:, :2], b, ids=ids))
+    refuse("z", ValueError, lambda: lora_expand(y, z[None], b, ids=ids))
+    refuse("ids", ValueError, lambda: lora_expand(y, z, b, ids=ids[:3]))
+    refuse("ids", TypeError, lambda: lora_expand(y, z, b, ids=ids.float()))
+    refuse("ids", TypeError, lambda: lora_expand(y, z, b, ids=ids.short()))
+    with pytest.raises(IndexError):
+        lora_expand(y, z, b, ids=ids + 5)

@@ -66,6 +66,34 @@ def test_expand(backend, columns, dtype, layout):
         assert_accurate(f, e, p, name)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_expand_of_a_tables_rows(backend, dtype, layout):
+    """An embedding's update: the table is lora_A transposed."""
+    torch.manual_seed(0)
+    y, A, b = leaf((6, 5, 60), dtype, layout), leaf((7, 23), dtype, layout), leaf((50, 7), dtype, layout)
+    ids = torch.randint(1, 22, (6, 5))
+    gates = torch.rand(5, 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    given = (ids if layout == "plain" else transposed(ids)).to(torch.int32 if layout == "strided" else torch.int64)
+    found = lora_expand(y, A.t(), b, 0.5, gates=gates, ranks=[3, 4], columns=(5, 55), ids=given)
+    assert torch.equal(found, lora_expand(y, A.t()[ids], b, 0.5, gates=gates, ranks=[3, 4], columns=(5, 55)))
+    dy = torch.randn(found.shape).to(dtype)
+    grads = torch.autograd.grad(found, (y, A, b, gates), LAYOUTS[layout](dy))
+
+    def formula(y, A, b, gates):
+        g = 0.5 * gates.repeat_interleave(torch.tensor([3, 4]), -1)
+        return y + torch.nn.functional.pad((A.t()[ids] * g).to(y.dtype) @ b.T, (5, 5))
+
+    exact, plain = exact_and_plain(formula, (y, A, b, gates), dy, dtype)
+    for name, f, e, p in zip(("y", "dy", "dA", "dB", "dgates"), (found, *grads), exact, plain, strict=True):
+        assert_accurate(f, e, p, name)
+    torch.library.opcheck(
+        torch.ops.fastlora.lora_expand.default,
+        (y, A.t(), [b], torch.tensor(0.5), gates, [3, 4], [5, 55], given),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
 def test_together_they_are_the_update(backend):
     torch.manual_seed(0)
     x, w, a, b = torch.randn(9, 30), torch.randn(21, 30), torch.randn(4, 30), torch.randn(21, 4)

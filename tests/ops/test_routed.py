@@ -211,6 +211,17 @@ def test_pairs_beside_pages(backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_slot_twice_before_a_gap(backend):
+    """The tokens 0, 0, 2 are no piece of x, though as many as from 0 to 2."""
+    torch.manual_seed(0)
+    x, weight, A, B = (torch.randn(shape) for shape in ((3, 40), (52, 40), (4, 40), (52, 4)))
+    leaves = A.requires_grad_(), B.requires_grad_()
+    y = lora_routed(x, weight, [A], [B], Route.from_lists([[(0, 0.5), (0, 0.5)], [], [(0, 1.0)]]))
+    expected = x @ weight.T + torch.tensor([1.0, 0.0, 1.0])[:, None] * (x @ A.T @ B.T)
+    for ours, theirs in zip(*(torch.autograd.grad(f.sum(), leaves) for f in (y, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_gradcheck(backend):
     case = Case(torch.float64, popularity("lists", 5, 3), (2, 3, 1), inner=7, widths=(4, 5))
     names = [n for n in case.tensors if n not in ("gates", "scaling")]
