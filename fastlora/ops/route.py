@@ -28,7 +28,9 @@ class Route:
         lengths = np.diff(offsets)
         whole = offsets.size and offsets[0] == 0 and offsets[-1] == slots.size and (lengths >= 0).all()
         check.value(whole, "offsets", offsets.tolist()[:8], f"numbers that rise from 0 to {slots.size}")
-        gates = torch.ones(len(slots)) if gates is None else torch.as_tensor(gates)
+        # on the CPU whatever torch's default device is, as what comes from NumPy
+        gates = np.ones(len(slots), np.float32) if gates is None else gates
+        gates = torch.as_tensor(gates, device=getattr(gates, "device", "cpu"))
         gates = gates if gates.dtype == torch.float64 else gates.float()
         check.value(gates.shape == (len(slots),), "gates", f"shape {tuple(gates.shape)}", f"({len(slots)},), as slots")
         finite = bool(gates.detach().isfinite().all())
@@ -48,7 +50,7 @@ class Route:
         starts = [0, *accumulate(count for _, count in used)]
         bounds = [0, *accumulate(len(listed) for listed, _ in used)]
         every = [slot for listed, _ in used for slot in listed]
-        self.plan = torch.tensor([len(used), *starts, *bounds, *every], device="cpu")
+        self.plan = torch.from_numpy(np.array([len(used), *starts, *bounds, *every]))
         tiles = [
             (start + i, min(TILE, count - i), len(listed))
             for start, (listed, count) in zip(starts, used, strict=False)
@@ -59,7 +61,7 @@ class Route:
         self.offsets = torch.from_numpy(offsets.astype(np.int32)).to(device)
         self.slots, self.gates = torch.from_numpy(slots.astype(np.int32)).to(device), gates.to(device)
         self.order = torch.from_numpy(np.argsort(group, kind="stable")).to(device)
-        self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, 3)
+        self.tiles = torch.from_numpy(np.array(tiles, np.int32).reshape(-1, 3)).to(device)
         # how many tokens it is for, and what the op takes beside the gates
         self.tokens, self.tensors = len(group), (self.offsets, self.slots, self.order, self.tiles, self.plan)
 

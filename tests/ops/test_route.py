@@ -17,8 +17,9 @@ def test_route():
     taken = route.take([3, 2])
     assert taken.offsets.tolist() == [0, 1, 3] and taken.gates.tolist() == [3.0, 1.0, 2.0]
     with torch.device("meta"):
-        some = Route.from_rows([[(0, 0.5)], [(2, 1.0), (0, 2.0)]], [1, -1, 0], device="cpu")
-    assert some.plan.device == torch.device("cpu") and some.offsets.tolist() == [0, 2, 2, 3]
+        some, lone = Route.from_rows([[(0, 0.5)], [(2, 1.0), (0, 2.0)]], [1, -1, 0]), Route([0, 1], [0])
+    assert some.offsets.tolist() == [0, 2, 2, 3] and lone.gates.tolist() == [1.0]
+    assert all(t.is_cpu for route in (some, lone) for t in (*route.tensors, route.gates))
     assert Route.from_rows([[(1, 1.0)]], [0] * 40 + [-1]).tiles.tolist() == [[0, 16, 1], [16, 16, 1], [32, 8, 1]]
     assert Route.from_lists([[], []]).base_only
 
