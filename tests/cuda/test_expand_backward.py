@@ -185,7 +185,7 @@ def test_the_truth_is_the_reference(gate):
     scaling, inside = torch.tensor(problem.scale, dtype=WIDE), slice(8, 13)
     z, g = problem.z[:, inside].to(WIDE), problem.g[:, inside].to(WIDE)
     dz, (db,), _, dg = lora_expand_backward_reference(
-        problem.dy.to(WIDE), z, [problem.b[1]], scaling, g, [], (40, 64), (True,) * 4
+        problem.dy.to(WIDE), z, [problem.b[1]], scaling, g, [], (40, 64), None, (True,) * 4
     )
     truth = {name: value for name, (value, _) in problem.truth.items()}
     assert torch.equal(dz, truth["dz"][:, inside]) and torch.equal(db.to(WIDE), truth["db1"].to(db.dtype).to(WIDE))
