@@ -45,6 +45,7 @@ void compute(torch::Library& m) {
   add<"fastlora::lora_routed", lora_routed, check::routed>(m);
   add<"fastlora::lora_routed_forward", lora_routed_forward, check::routed>(m);
   add<"fastlora::lora_routed_backward", lora_routed_backward>(m);
+  add<"fastlora::lora_norm", lora_norm, check::norm>(m);
   m.impl("draw_seed", draw_seed);
 }
 
@@ -197,7 +198,7 @@ void differentiate(torch::Library& m) {
   m.impl("lora_routed", Routed::kernel);
   // double backward raises by name instead of being silently wrong
   for (auto op : {"lora_linear_forward", "lora_linear_backward", "lora_shrink_backward", "lora_expand_backward",
-                  "lora_routed_forward", "lora_routed_backward"})
+                  "lora_routed_forward", "lora_routed_backward", "lora_norm"})
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -52,6 +52,10 @@ bool linear(FASTLORA_LINEAR_ARGS) {
          (!column_scale || (vector(*column_scale, out) && floating(*column_scale) && column_scale->device() == x.device()));
 }
 
+bool norm(FASTLORA_NORM_ARGS) {
+  return weight.dim() == 2 && linear(weight, weight, lora_A, lora_B, scaling, {}, {}, ranks, {}, 0, {});
+}
+
 bool routed(FASTLORA_ROUTED_ARGS) {
   if (!base(x, weight, bias) || lora_A.size() != lora_B.size() || route[2].size(0) != rows_of(x)) return false;
   const auto out = weight.size(0), in = weight.size(1), k = std::max<int64_t>(1, slices.size());

@@ -16,7 +16,7 @@ namespace {
 
 #define FUNCTIONS(DO) \
   DO(launch_linear) DO(launch_shrink) DO(launch_decode) DO(launch_shrink_backward) DO(launch_expand_backward) \
-  DO(launch_expand) DO(launch_routed_shrink) DO(launch_routed_expand) DO(launch_gather) DO(fastlora_shrink_counters) \
+  DO(launch_expand) DO(launch_routed_shrink) DO(launch_routed_expand) DO(launch_gather) DO(launch_norms) DO(fastlora_shrink_counters) \
   DO(fastlora_decode_counters) DO(fastlora_shrink_backward_counters) DO(fastlora_expand_backward_workspace) \
   DO(fastlora_device) DO(fastlora_error)
 #define MEMBER(name) decltype(&::name) name = nullptr;
@@ -198,6 +198,19 @@ Tensor gather(const Product& q, const Tensor& table, const Tensor& ids) {
   launch.gate(p, q.z.gate, p.ranks);
   launch(library.launch_gather, p, y.scalar_type());
   return out;
+}
+
+Tensor norm(const Tensor& weight, TensorList lora_A, TensorList lora_B, const Gate& gate) {
+  const int64_t N = weight.size(0), K = weight.size(1), R = total_rank(lora_A, 0);
+  const auto w = with_rows(weight), norms = at::empty({N}, w.options().dtype(at::kFloat));
+  const auto a = with_rows(composed::joined(lora_A, false, K, w)), b = with_rows(composed::joined(lora_B, true, N, w).t());
+  Launch launch(w);
+  NormsParams p{launch.rows(w), launch.rows(a), launch.rows(b), nullptr, launch.as<float>(norms)};
+  p.n = N, p.k = K, p.ranks = R, p.scale = float(gate.scalar);
+  if (gate.rows.defined()) p.g = launch.as<const float>(gate.rows);
+  launch.split(p, 2, at::ceil_div<int64_t>(N, FASTLORA_NORMS_ROWS), K, 8 * FASTLORA_NORMS_ROWS, w);
+  launch(library.launch_norms, p, w.scalar_type());
+  return norms;
 }
 
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList pages) {

@@ -17,6 +17,7 @@ inline const std::vector<Status> statuses = {
     {"lora_shrink_backward", "linear_kernel (dx), shrink_backward_kernel (dA)", 0, 0, 0},
     {"lora_expand", "expand_kernel, or gather_kernel (ids)", 0, 0, 0},
     {"lora_expand_backward", "expand_backward_kernel (t and dB), shrink_kernel (t) or shrink_backward_kernel (dB)", 0, 0, 0},
+    {"lora_norm", "norms_kernel", 0, 0, 0},
     {"lora_routed_forward", "decode_kernel (few rows, no gradients) or routed_shrink_kernel, routed_expand_kernel", 0, 0, 0},
 };
 
@@ -27,6 +28,7 @@ bool takes(const char* op, const Tensor& x);
 
 // y + (z[ids] g) f
 Tensor gather(const Product&, const Tensor& z, const Tensor& ids);
+Tensor norm(const Tensor& weight, TensorList lora_A, TensorList lora_B, const Gate& gate);
 // lora_routed of adapters that all lie in pages
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList pages);
 RoutedForward routed(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, TensorList route, const Tensor& gates,

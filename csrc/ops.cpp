@@ -2,8 +2,10 @@
 // draw_seed.
 #include "ops.h"
 
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_dense_backward.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/sum.h>
@@ -110,6 +112,14 @@ ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
   if (of_gate)
     std::tie(dscaling, dgates) = gate_backward(flat(t.z) * kept.z, scaling, gates, ranks, dy, need_scaling, need_gates);
   return {dz, dB, dscaling, dgates};
+}
+
+Tensor lora_norm(FASTLORA_NORM_ARGS) {
+  const auto wide = accumulate_type(weight.scalar_type());
+  const auto gate = make_gate(scaling, {}, ranks, total_rank(lora_A, 0), weight, wide);
+  if (cuda::takes("lora_norm", weight)) return cuda::norm(weight, lora_A, lora_B, gate);
+  const auto w = weight.to(wide), b = composed::joined(lora_B, true, w.size(0), w).t();
+  return at::linalg_vector_norm(at::addmm(w, gate.times(b), composed::joined(lora_A, false, w.size(1), w)), 2, {{1}});
 }
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed) {

@@ -7,11 +7,12 @@ from fastlora.dynamic import DyLinear
 from fastlora.explain import explain
 from fastlora.model import *  # noqa: F403
 from fastlora.nn import *  # noqa: F403
-from fastlora.ops import Pages, Route, lora_expand, lora_linear, lora_routed, lora_shrink
+from fastlora.ops import Pages, Route, lora_expand, lora_linear, lora_norm, lora_routed, lora_shrink
 
 __version__ = "0.1.0"
 __all__ = [
-    "DyLinear", "Pages", "Route", "explain", "lora_expand", "lora_linear", "lora_routed", "lora_shrink", "use_backend",
+    "DyLinear", "Pages", "Route", "explain", "lora_expand", "lora_linear", "lora_norm", "lora_routed", "lora_shrink",
+    "use_backend",
 ]  # fmt: skip
 # one by one: type checkers read no other form
 __all__ += checkpoint.__all__

@@ -32,6 +32,7 @@ EXPORTS = {
     "load_lora_state_dict",
     "lora_expand",
     "lora_linear",
+    "lora_norm",
     "lora_routed",
     "lora_shrink",
     "lora_state_dict",
@@ -50,6 +51,7 @@ SIGNATURES = {
     "lora_linear": "(x, weight, lora_A, lora_B, scaling=1.0, bias=None, *, gates=None, ranks=None, column_scale=None, "
     "dropout_p=0.0, training=False, seed=None)",
     "lora_shrink": "(x, lora_A, *, dropout_p=0.0, training=False, seed=None)",
+    "lora_norm": "(weight, lora_A, lora_B, scaling=1.0)",
     "lora_routed": "(x, weight, lora_A, lora_B, route, bias=None, *, scaling=1.0, column_scale=None, slices=None, "
     "pages=None)",
     "lora_expand": "(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=None, ids=None)",
@@ -66,6 +68,7 @@ IMPLEMENTED = {
     "lora_routed",
     "lora_routed_forward",
     "lora_routed_backward",
+    "lora_norm",
     "lora_dropout",
 }
 

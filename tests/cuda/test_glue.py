@@ -10,7 +10,7 @@ import pytest
 import torch
 from exactness import strided, transposed
 
-from fastlora import backends, lora_expand, lora_linear, lora_shrink
+from fastlora import backends, lora_expand, lora_linear, lora_norm, lora_shrink
 
 native = backends.native()[0]
 pytestmark = [
@@ -157,6 +157,20 @@ def test_embedding(emulated, gates):
     y, rows = kept.view(4, 5, 50), ids.view(4, 5)
     same(lambda b: lora_expand(y, A[0].t(), b, columns=(3, 43), ids=rows), B[0])
     assert emulated() == 2, "the gather, and dB alone"
+
+
+@pytest.mark.parametrize("scaling", [0.5, torch.tensor([2.0, 0.5])])
+def test_norm(emulated, scaling):
+    """Of weights and adapters of any layout, fp32 masters among them; K is cut."""
+    for layout, adapter in ((torch.clone, None), (strided, torch.float32), (transposed, None)):
+        _, w, A, B = arguments(k=1100, ranks=(8, 3), adapter=adapter)
+        given = layout(w), tuple(map(layout, A)), tuple(map(layout, B)), scaling
+        found = lora_norm(*given)
+        assert emulated() == 1
+        native.pin_gpu("composed")
+        torch.testing.assert_close(found, lora_norm(*given))
+        native.pin_gpu("kernels")
+    assert emulated() == 0 and lora_norm(w, [], []).shape == (40,) and emulated() == 1
 
 
 def test_what_is_not_taken(emulated):
