@@ -190,7 +190,7 @@ const Products products = {project, outer, product, project_outer};
 
 Tensor gather(const Product& q, const Tensor& table, const Tensor& ids) {
   const auto out = at::empty(q.like.sizes(), q.like.options()).copy_(q.like), y = flat(out).narrow(1, *q.start, q.N);
-  const auto a = with_rows(table.t().to(y.scalar_type())), b = with_rows(composed::joined(q.f, true, q.N, y).t());
+  const auto a = table.t(), b = with_rows(composed::joined(q.f, true, q.N, y).t());
   const auto rows = ids.to(at::kLong).contiguous();
   Launch launch(out);
   GatherParams p{launch.rows(y), launch.rows(a), launch.rows(b)};

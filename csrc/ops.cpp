@@ -90,7 +90,8 @@ Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
   Gated given{gate};
   Product p{y, stop - start, {}, {}, given, lora_B, true};
   p.start = start;
-  if (ids && kernels) return cuda::gather(p, z, *ids);
+  // of a table as lora_A lies, in y's type: it is as long as the vocabulary, and is not copied
+  if (ids && kernels && z.scalar_type() == y.scalar_type() && z.stride(0) == 1) return cuda::gather(p, z, *ids);
   given.z = (ids ? at::embedding(z, *ids) : z).to(wide).contiguous();
   return products(kernels, ours).product(p);
 }

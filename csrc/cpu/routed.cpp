@@ -103,9 +103,9 @@ Tensor base(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
 }
 
 // of one of our kernels' types, pages included
-bool takes_routed(const Tensor& x, TensorList lora_A, TensorList lora_B, TensorList pages) {
+bool takes_routed(const Tensor& x, const Tensor& weight, TensorList lora_A, TensorList lora_B, TensorList pages) {
   const auto plain = [&](const Tensor& t) { return t.scalar_type() == x.scalar_type() && t.is_contiguous(); };
-  return takes(x, lora_A) && takes(x, lora_B) && (pages.empty() || (plain(pages[0]) && plain(pages[1])));
+  return takes(x, lora_A) && takes(weight, lora_B) && (pages.empty() || (plain(pages[0]) && plain(pages[1])));
 }
 
 // the sum over these tokens of each one's row of `z` times its row of x
@@ -113,8 +113,8 @@ Tensor gradient(const std::vector<int64_t>& tokens, std::vector<float>& z, const
                 bool last_is_rank) {
   if (z.empty()) return at::zeros(adapter.sizes(), adapter.options());
   const auto m = static_cast<int64_t>(tokens.size());
-  // one after the other, and none twice
-  const bool together = tokens.back() - tokens.front() == m - 1 && std::is_sorted(tokens.begin(), tokens.end(), std::less_equal());
+  const bool rising = std::adjacent_find(tokens.begin(), tokens.end(), std::greater_equal()) == tokens.end();
+  const bool together = rising && tokens.back() - tokens.front() == m - 1;
   const auto mine = together ? x.narrow(0, tokens.front(), m) : x.index_select(0, at::tensor(tokens));
   const auto rows = at::from_blob(z.data(), {m, adapter.size(last_is_rank)}, at::kFloat);
   return products.outer({Gate{}, rows}, mine, adapter, last_is_rank, {})[0];
@@ -129,7 +129,7 @@ using namespace cpu;
 
 static RoutedForward run_routed(FASTLORA_ROUTED_ARGS, bool want_z) {
   if (cuda::takes_routed(x, lora_A, pages)) return cuda::routed(x, weight, bias, route, gates, slices, pages, want_z);
-  if (!takes_routed(x, lora_A, lora_B, pages))
+  if (!takes_routed(x, weight, lora_A, lora_B, pages))
     return call<"fastlora::lora_routed_forward", decltype(lora_routed_forward), "reference">(FASTLORA_ROUTED);
   const Rows rows(x);
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
@@ -158,7 +158,7 @@ RoutedBackward lora_routed_backward(FASTLORA_ROUTED_BACKWARD_ARGS) {
     return call<"fastlora::lora_routed_backward", decltype(lora_routed_backward), "reference">(
         dy, x, weight, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages, z, needs);
   };
-  if (!takes_routed(x, lora_A, lora_B, pages) || !slices.empty()) return reference();
+  if (!takes_routed(x, weight, lora_A, lora_B, pages) || !slices.empty()) return reference();
   const Adapters c(x, lora_A, lora_B, scaling, route, gates, column_scale, slices, pages);
   if (c.dora) return reference();
   const auto [need_x, need_weight, need_A, need_B, need_scaling, need_bias, need_gates] = needs;

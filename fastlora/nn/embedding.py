@@ -42,7 +42,7 @@ class EmbeddingLoRA(LoRALayer):
         else:
             # dense gradients, whatever W's are: torch has no sparse gradient of a transposed view
             z = [F.embedding(ids, a.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq) for a in A]
-            z, rows = torch.cat(z, -1), None
+            z, rows = z[0] if len(z) == 1 else torch.cat(z, -1), None
         ranks = rank_list(A, gates)
         if (p := self.dropout_p()) > 0:
             # dropout of a one-hot row: the token's update is kept or not

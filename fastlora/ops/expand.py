@@ -13,10 +13,10 @@ def lora_expand(y, z, lora_B, scaling=1.0, *, gates=None, ranks=None, columns=No
 
     y (..., out) is never written; z (..., R) from `lora_shrink`; lora_B (stop − start, R), or a sequence, one per
     adapter. `scaling`, `gates`, `ranks` as in `lora_linear`. With `ids` (...), int64 or int32, z is a table (V, R)
-    whose row ids[...] takes z's place: lora_Aᵀ for an embedding, whose x is one-hot. An id that is not in it is
-    torch's embedding's error. Returns a new tensor of y's shape and dtype. Serves layers whose base is no dense
-    matrix: embeddings, convolutions, quantised or opaque modules. Raises ValueError or TypeError that names the
-    argument. Source: Hu et al. 2021, arXiv 2106.09685.
+    whose row ids[...] takes z's place: lora_Aᵀ for an embedding, whose x is one-hot. Returns a new tensor of y's
+    shape and dtype. Serves layers whose base is no dense matrix: embeddings, convolutions, quantised or opaque
+    modules. Raises ValueError or TypeError that names the argument, IndexError for an id beyond the table (where a
+    GPU kernel gathers, y stays as it is there). Source: Hu et al. 2021, arXiv 2106.09685.
     """
     B = check.tensors("lora_B", lora_B)
     if ranks is None:

@@ -1,7 +1,7 @@
 """What several kernels share: device helpers; on the host the one place that launches, and the objections."""
 
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -150,7 +150,7 @@ class Gate(NamedTuple):
 NO_GATE = Gate(None, 0, 0, 1.0)
 
 
-@lru_cache(maxsize=256)
+@cache  # a captured graph reads them
 def rank_rows(ranks, device):
     """(the adapter of each rank row, where each adapter's rows begin and the last one's end)."""
     owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks, dtype=torch.int64))

@@ -157,6 +157,9 @@ def test_embedding(emulated, gates):
     y, rows = kept.view(4, 5, 50), ids.view(4, 5)
     same(lambda b: lora_expand(y, A[0].t(), b, columns=(3, 43), ids=rows), B[0])
     assert emulated() == 2, "the gather, and dB alone"
+    for table in (A[0].float().t(), A[0].t().contiguous()):
+        same(lambda table, b: lora_expand(y, table, b, columns=(3, 43), ids=rows), table, B[0])
+        assert emulated() == 2, "the expand: no copy of a table is made, in no type"
 
 
 @pytest.mark.parametrize("scaling", [0.5, torch.tensor([2.0, 0.5])])

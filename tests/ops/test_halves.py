@@ -90,7 +90,6 @@ def test_expand_of_a_tables_rows(backend, dtype, layout):
     torch.library.opcheck(
         torch.ops.fastlora.lora_expand.default,
         (y, A.t(), [b], torch.tensor(0.5), gates, [3, 4], [5, 55], given),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 

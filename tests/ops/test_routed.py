@@ -222,6 +222,12 @@ def test_a_slot_twice_before_a_gap(backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_no_columns(backend):
+    x, A, B = torch.randn(3, 4), torch.randn(2, 4, requires_grad=True), torch.randn(0, 2)
+    y = lora_routed(x, torch.randn(0, 4), [A], [B], Route.from_lists([[(0, 1.0)]] * 3))
+    assert y.shape == (3, 0) and not torch.autograd.grad(y.sum(), A)[0].any()
+
+
 def test_gradcheck(backend):
     case = Case(torch.float64, popularity("lists", 5, 3), (2, 3, 1), inner=7, widths=(4, 5))
     names = [n for n in case.tensors if n not in ("gates", "scaling")]
