@@ -17,16 +17,9 @@ bool uniform(IntArrayRef ranks) {
 Tensor spread(const Tensor& g, IntArrayRef ranks) {
   const auto E = static_cast<int64_t>(ranks.size());
   if (E < 2 || g.dim() == 0 || g.size(-1) != E) return g;
-  auto sizes = g.sizes().vec();
-  if (uniform(ranks)) {
-    sizes.push_back(ranks[0]);
-    return g.unsqueeze(-1).expand(sizes).flatten(-2);
-  }
+  if (uniform(ranks)) return g.repeat_interleave(ranks[0], -1);
   Tensors parts;
-  for (int64_t e = 0; e < E; e++) {
-    sizes.back() = ranks[e];
-    parts.push_back(g.narrow(-1, e, 1).expand(sizes));
-  }
+  for (int64_t e = 0; e < E; e++) parts.push_back(g.narrow(-1, e, 1).expand(with_last(g.sizes(), ranks[e])));
   return at::cat(parts, -1);
 }
 
@@ -42,8 +35,8 @@ Tensor gather(const Tensor& dg, IntArrayRef ranks) {
 
 }  // namespace
 
-Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, int64_t R, const Tensor& like,
-               at::ScalarType dtype) {
+Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, int64_t R, const Tensor& like) {
+  const auto dtype = accumulate_type(like.scalar_type());
   if (!gates && scaling.dim() == 0 && scaling.is_cpu()) return {scaling.item<double>()};
   const auto E = static_cast<int64_t>(ranks.size());
   if (E && like.is_cpu() && (!gates || gates->numel() == rows_of(like) * E)) {
@@ -67,16 +60,15 @@ Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef rank
   return {1, flat(g.expand(with_last(like.sizes(), R))).contiguous()};
 }
 
-std::tuple<Tensor, Tensor> gate_backward(const Tensor& dg, const Tensor& scaling, const MaybeTensor& gates,
-                                         IntArrayRef ranks, const Tensor& like, bool need_scaling, bool need_gates) {
-  auto dscaling = nothing(dg), dgates = nothing(dg);
-  auto each = gather(dg, ranks);
-  each = each.reshape(with_last(like.sizes(), each.size(-1)));
-  const auto sum_to = [](const Tensor& grad, const Tensor& t) {
-    return grad.sum_to_size(t.sizes()).to(t.device(), t.scalar_type(), /*non_blocking=*/false, /*copy=*/false);
-  };
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& t, const Tensor& z, const Tensor& scaling, const MaybeTensor& gates,
+                                         IntArrayRef ranks, bool need_scaling, bool need_gates) {
+  auto dscaling = nothing(z), dgates = nothing(z);
+  if (!need_scaling && !need_gates) return {dscaling, dgates};
+  auto each = gather(flat(t) * flat(z), ranks);
+  each = each.reshape(with_last(z.sizes(), each.size(-1)));
+  const auto sum_to = [](const Tensor& grad, const Tensor& t) { return grad.sum_to_size(t.sizes()).to(t.options()); };
   if (need_scaling) dscaling = sum_to(gates ? each * gates->to(each.scalar_type()) : each, scaling);
-  if (need_gates) dgates = sum_to(each * scaling.to(each.device(), each.scalar_type()), *gates);
+  if (need_gates) dgates = sum_to(each * scaling.to(each.options()), *gates);
   return {dscaling, dgates};
 }
 

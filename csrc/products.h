@@ -17,13 +17,12 @@ struct Gate {
   Tensor times(const Tensor& z) const { return rows.defined() ? z * rows : scalar == 1 ? z : z * scalar; }
 };
 
-// `like` gives the device and the leading sizes (its last dimension is ignored), `dtype` the accumulation dtype.
-Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, int64_t R, const Tensor& like,
-               at::ScalarType dtype);
+// `like` gives the device, the dtype and the leading sizes (its last dimension is ignored).
+Gate make_gate(const Tensor& scaling, const MaybeTensor& gates, IntArrayRef ranks, int64_t R, const Tensor& like);
 
-// dg (M, R) -> (dscaling, dgates) in the shapes and dtypes of their tensors; `like` as above. Not needed: empty.
-std::tuple<Tensor, Tensor> gate_backward(const Tensor& dg, const Tensor& scaling, const MaybeTensor& gates,
-                                         IntArrayRef ranks, const Tensor& like, bool need_scaling, bool need_gates);
+// dg = t z -> (dscaling, dgates) in the shapes and dtypes of their tensors. Not needed: empty.
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& t, const Tensor& z, const Tensor& scaling, const MaybeTensor& gates,
+                                         IntArrayRef ranks, bool need_scaling, bool need_gates);
 
 struct Dropout {
   double p = 0;

@@ -83,24 +83,24 @@ Mask mask_of(const Dropout& d, int64_t width) {
 }
 
 int64_t chunk_of(int64_t n, int64_t parts, int64_t unit) {
-  return std::max<int64_t>(1, divide_up(divide_up(n, parts), unit)) * unit;
+  return std::max<int64_t>(1, at::divup(at::divup(n, parts), unit)) * unit;
 }
 
 // f(from, to) on each thread's share of 0 .. n, in multiples of `unit`
 template <class F>
 void share(int64_t n, int64_t unit, int64_t multiply_adds, const F& f) {
   const int64_t chunk = chunk_of(n, threads_for(multiply_adds), unit);
-  parallel(divide_up(n, chunk), [&](int64_t t) { f(t * chunk, std::min(n, (t + 1) * chunk)); });
+  parallel(at::divup(n, chunk), [&](int64_t t) { f(t * chunk, std::min(n, (t + 1) * chunk)); });
 }
 
 // Columns first, so that w is read once; rows as well where the columns do not suffice.
 void run_grid(const Gemm& p, Form form, int threads) {
   const auto* table = cpu().table[p.type];
   const int64_t unit = table->tile_columns;
-  const int64_t by_n = std::min<int64_t>(threads, divide_up(p.N, unit));
+  const int64_t by_n = std::min<int64_t>(threads, at::divup(p.N, unit));
   const int64_t by_m = std::max<int64_t>(1, std::min<int64_t>(threads / by_n, p.M / kTileRows));
   const int64_t dn = chunk_of(p.N, by_n, unit), dm = chunk_of(p.M, by_m, kTileRows);
-  const int64_t columns = divide_up(p.N, dn), rows = divide_up(p.M, dm);
+  const int64_t columns = at::divup(p.N, dn), rows = at::divup(p.M, dm);
   parallel(columns * rows, [&](int64_t t) {
     const int64_t m = t / columns * dm, n = t % columns * dn;
     table->gemm(p, form, m, std::min(m + dm, p.M), n, std::min(n + dn, p.N), scratch(p));
@@ -125,10 +125,7 @@ void run(Gemm p, const Tensor& x, const Tensor& w, const Tensor& out) {
   Tensor ahead;
   const int64_t worth = form == kTiles && p.M >= 64 ? 32 : 4;   // else each thread computes all of z for itself
   if (p.a && (form > kTiles || p.R * threads * worth > p.N)) {
-    if (!p.z_out) {
-      ahead = make({p.M, p.R}, x, at::kFloat);
-      p.z_out = ahead.data_ptr<float>();
-    }
+    if (!p.z_out) p.z_out = (ahead = make({p.M, p.R}, x, at::kFloat)).data_ptr<float>();
     run_shrink(p);   // which drops nothing: a mask of y comes with a given z only
     p.z = p.z_out;
     p.a = nullptr;
@@ -177,8 +174,7 @@ Tensor product(Product& q) {
   if (q.z.z.defined()) {
     p.z = q.z.z.const_data_ptr<float>();
   } else {
-    if (q.want_z) q.z.z = make(with_last(q.like.sizes(), f.R), q.like, at::kFloat);
-    p.z_out = q.want_z ? q.z.z.data_ptr<float>() : nullptr;
+    if (q.want_z) p.z_out = (q.z.z = make(with_last(q.like.sizes(), f.R), q.like, at::kFloat)).data_ptr<float>();
     p.a = f.R ? a.list.data() : nullptr;
   }
   if (q.start) {

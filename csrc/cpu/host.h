@@ -10,7 +10,6 @@ namespace fastlora::cpu {
 
 char* scratch(const Gemm& p);            // grows and stays, per thread: kernels ask for no memory of their own
 int threads_for(int64_t multiply_adds);
-inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 template <class F>
 void parallel(int64_t tasks, const F& f) {

@@ -88,7 +88,7 @@ void for_parts(const Adapters& c, int64_t columns, F&& f) {
     int64_t begin = 0;
     for (const auto& s : c.segments) {
       const auto tokens = s.stop - s.start, first = begin;
-      const auto place = [&](int64_t at) { return std::clamp<int64_t>(divide_up(at - first, s.R + 1), 0, tokens); };
+      const auto place = [&](int64_t at) { return std::clamp<int64_t>(at::divup(at - first, s.R + 1), 0, tokens); };
       for (auto i = place(from); i < place(to); i += kPartRows)
         f(Segment{s.start + i, s.start + std::min(i + kPartRows, place(to)), s.R, s.slots, s.end, s.z + i * c.k * s.R});
       begin += tokens * (s.R + 1);

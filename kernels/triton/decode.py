@@ -104,7 +104,7 @@ def decode(x, w, a, b, g, z, shape, column_scale, bias):
     (M, K), (N, R) = x.shape, b.shape
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
     u = None if column_scale is None else torch.empty_like(y)
-    chunk, grid, options = _plan(M, N, K, R, x.element_size(), tile.device_of(x))
+    chunk, grid, options = _plan(M, N, K, R, x.element_size(), tile.device_of(x.device))
     planes = counters = None
     if grid[1] > 1:
         planes, counters = z.new_empty(grid[1] * M * (N + R)), tile.tickets(grid[0], x)

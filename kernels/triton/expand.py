@@ -135,7 +135,7 @@ def expand_backward(dy, z, lora_B, scaling, gates, ranks, needs):
     if not (M and N and R):
         t, db = dy.new_zeros((M, R), dtype=torch.float32), dy.new_zeros((N, R), dtype=torch.float32)
     elif need_t or need_b:
-        count, blocks, chunk, grid, options = _backward_plan(M, N, R, dy.element_size(), tile.device_of(dy))
+        count, blocks, chunk, grid, options = _backward_plan(M, N, R, dy.element_size(), tile.device_of(dy.device))
         t = tile.partial(count, (M, R), dy) if need_t else None
         db = tile.partial(blocks, (N, R), dy) if need_b else None
         tile.launch(

@@ -39,7 +39,8 @@ def _product_kernel(
     EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """[x | z ⊙ g] · [w ; b] of w [K, N], b [R, N], then the epilogue; DROPOUT: x w + D((z ⊙ g) b)."""
-    pm, pn = tile.grouped(tl.program_id(0), M, N, BM, BN, 8)
+    # 8 rows of tiles at a time, so that neighbours share w and x in the L2.
+    pm, pn = tl.swizzle2d(0, tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), 8)
     rows = pm.to(tl.int64) * BM + tl.arange(0, BM)
     cols = pn * BN + tl.arange(0, BN)
     row_in = (rows < M)[:, None]
@@ -74,7 +75,7 @@ def _product_tma_kernel(
 ):  # fmt: skip
     """The same without dropout by any number of programs; x, w, u, y are descriptors, TURNED: of w as [N, K]."""
     for pid in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0), flatten=False):
-        pm, pn = tile.grouped(pid, M, N, BM, BN, 8)
+        pm, pn = tl.swizzle2d(0, pid, tl.cdiv(M, BM), tl.cdiv(N, BN), 8)
         rows = pm.to(tl.int64) * BM + tl.arange(0, BM)
         cols = pn * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
@@ -100,10 +101,10 @@ def _plan(M, N, K, R, itemsize, dropout, device):
 def _product_tma(x, w, z, b, g, column_scale, bias, u, y):
     """Whether the persistent form took this call."""
     (M, K), (R, N), turned = x.shape, b.shape, w.stride(0) == 1
-    c, stored = config.product_tma(M, N, K, x.element_size(), *tile.device_of(x)), w.t() if turned else w
+    c, stored = config.product_tma(M, N, K, x.element_size(), *tile.device_of(x.device)), w.t() if turned else w
     if not (c and config.describes(x) and config.describes(stored)):
         return False
-    programs = min(config.cdiv(M, c.BM) * config.cdiv(N, c.BN), tile.device_of(x).sms)
+    programs = min(config.cdiv(M, c.BM) * config.cdiv(N, c.BN), tile.device_of(x.device).sms)
     # The tile of b lies in registers: half as many ranks of it where it is fp32.
     RP = config.rank_block(R, 16 if b.element_size() == 4 else 32)
     blocks = (x, c.BM, c.BK), (stored, *((c.BN, c.BK) if turned else (c.BK, c.BN))), (u, c.BM, c.BN), (y, c.BM, c.BN)
@@ -124,7 +125,7 @@ def product(x, w, z, b, g, shape, column_scale=None, bias=None, dropout_p=0.0, s
     dropout_p = dropout_p if R else 0.0
     tma = tile.FORM == "tma" and not dropout_p
     if M and N and not (tma and _product_tma(x, w, z, b, g, column_scale, bias, u, y)):
-        grid, options = _plan(M, N, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
+        grid, options = _plan(M, N, K, R, x.element_size(), dropout_p > 0, tile.device_of(x.device))
         tile.launch(
             _product_kernel, grid, x,
             x, w, z, g.rows, b, column_scale, bias, u, y, *tile.dropout(dropout_p, seed), g.scale,

@@ -13,7 +13,7 @@ from .product import product
 
 @triton.jit
 def _shrink_kernel(
-    x, a, z, seed, threshold, keep_scale, M, K, R, xm, xk, ar, ak, chunk,
+    x, z, seed, threshold, keep_scale, ar, ak, a, M, K, R, xm, xk, chunk,
     BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
     EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def _shrink_kernel(
 
 @triton.jit
 def _shrink_backward_kernel(
-    z, x, da, seed, threshold, keep_scale, g, scale, M, K, R, zm, zr, gm, gr, xm, xk, chunk,
+    x, da, seed, threshold, keep_scale, z, zm, zr, g, gm, gr, scale, M, K, R, xm, xk, chunk,
     BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr,
     EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -85,32 +85,27 @@ def _plan(backward, M, K, R, itemsize, dropout, device):
     )  # fmt: skip
 
 
-def lora_shrink(x, lora_A, dropout_p, seed):
-    """z (…, R) in fp32."""
-    x2, a = tile.rows_of(x), tile.join(lora_A, 0)
-    (M, K), R = x2.shape, a.shape[0]
-    shape, dropout = (*x.shape[:-1], R), tile.dropout(dropout_p, seed)
+def _run(kernel, x, R, dropout_p, seed, *others):
+    """z (M, R) or da (R, K) in fp32, of a matrix x and what else the kernel takes."""
+    (M, K), backward = x.shape, kernel is _shrink_backward_kernel
+    shape = (R, K) if backward else (M, R)
     if not (M and R and K):
         return x.new_zeros(shape, dtype=torch.float32)
-    count, chunk, grid, options = _plan(False, M, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
-    z = tile.partial(count, (M, R), x)
-    tile.launch(_shrink_kernel, grid, x, x2, a, z, *dropout, M, K, R, *x2.stride(), *a.stride(), chunk, **options)
-    return tile.total(z, count).view(shape)
+    count, chunk, grid, options = _plan(backward, M, K, R, x.element_size(), dropout_p > 0, tile.device_of(x.device))
+    parts, dropout = tile.partial(count, shape, x), tile.dropout(dropout_p, seed)
+    tile.launch(kernel, grid, x, x, parts, *dropout, *others, M, K, R, *x.stride(), chunk, **options)
+    return tile.total(parts, count)
+
+
+def lora_shrink(x, lora_A, dropout_p, seed):
+    """z (…, R) in fp32."""
+    a = tile.join(lora_A, 0)
+    return _run(_shrink_kernel, tile.rows_of(x), len(a), dropout_p, seed, *a.stride(), a).view(*x.shape[:-1], len(a))
 
 
 def shrink_backward(z, g, x, dropout_p, seed):
     """da (R, K) fp32 = (z ⊙ g)ᵀ D(x)."""
-    (M, K), R = x.shape, z.shape[1]
-    if not (M and R and K):
-        return x.new_zeros((R, K), dtype=torch.float32)
-    count, chunk, grid, options = _plan(True, M, K, R, x.element_size(), dropout_p > 0, tile.device_of(x))
-    da = tile.partial(count, (R, K), x)
-    tile.launch(
-        _shrink_backward_kernel, grid, x,
-        z, x, da, *tile.dropout(dropout_p, seed), g.rows, g.scale,
-        M, K, R, *z.stride(), g.gm, g.gr, *x.stride(), chunk, **options,
-    )  # fmt: skip
-    return tile.total(da, count)
+    return _run(_shrink_backward_kernel, x, z.shape[1], dropout_p, seed, z, *z.stride(), g.rows, g.gm, g.gr, g.scale)
 
 
 def lora_shrink_backward(dz, x, lora_A, dropout_p, seed, needs):

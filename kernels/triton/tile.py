@@ -15,39 +15,20 @@ FORM = os.environ.get("FASTLORA_TRITON", "")
 
 
 @triton.jit
-def grouped(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Tile (row, column) of a program: GROUP rows of tiles at a time, so that neighbours share w and x in the L2."""
-    tall = tl.cdiv(M, BM)
-    wide = tl.cdiv(N, BN)
-    first = pid // (GROUP * wide) * GROUP
-    height = min(tall - first, GROUP)
-    inside = pid % (GROUP * wide)
-    return first + inside % height, inside // height
-
-
-@triton.jit
-def philox(seed, group):
-    """The four words of Philox 4x32-10 whose eight 16-bit halves decide elements 8·group … 8·group + 7."""
-    low = (group & 0xFFFFFFFF).to(tl.uint32)
-    high = (group >> 32).to(tl.uint32)
-    zero = low * 0
-    return tl.philox(seed, low, high, zero, zero)
-
-
-@triton.jit
 def kept(seed, rows, first, width, threshold, BM: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr):
     """Dropout's mask of rows (BM, int64) × columns first … of a matrix `width` wide: a lane ≥ threshold is kept.
 
-    Where every row starts a group of eight (ALIGNED) one call of the generator makes eight decisions.
+    The eight 16-bit halves of Philox 4x32-10's four words decide elements 8·group … 8·group + 7. Where every row starts
+    a group (ALIGNED) one call of the generator makes eight decisions.
     """
     if ALIGNED:
         group = rows[:, None] * (width // 8) + (first // 8 + tl.arange(0, BN // 8))[None, :]
-        w0, w1, w2, w3 = philox(seed, group)
+        w0, w1, w2, w3 = tl.randint4x(seed, group)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         lanes = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BM, BN))
     else:
         element = rows[:, None] * width + (first + tl.arange(0, BN))[None, :]
-        w0, w1, w2, w3 = philox(seed, element >> 3)
+        w0, w1, w2, w3 = tl.randint4x(seed, element >> 3)
         lane = (element & 7).to(tl.int32)
         word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
         lanes = (word >> ((lane & 1) * 16).to(tl.uint32)) & 0xFFFF
@@ -85,14 +66,12 @@ class Device(NamedTuple):
 
 
 @lru_cache
-def _cuda(index):
-    facts = torch.cuda.get_device_properties(index)
-    return Device(10 * facts.major + facts.minor, facts.multi_processor_count)
-
-
-def device_of(x):
+def device_of(device):
     """Architecture and multiprocessors; the interpreter plays an H200."""
-    return _cuda(x.device.index) if x.is_cuda else Device(90, 132)
+    if device.type != "cuda":
+        return Device(90, 132)
+    found = torch.cuda.get_device_properties(device)
+    return Device(10 * found.major + found.minor, found.multi_processor_count)
 
 
 def launch(kernel, grid, x, *args, **options):
@@ -195,8 +174,8 @@ def _unsupported(device):
         return f"needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests), the input is on {device}"
     if device.type == "cuda" and torch.version.hip:
         return "the tiles are chosen for NVIDIA GPUs and were never tried on an AMD GPU"
-    if device.type == "cuda" and _cuda(device.index).arch < 80:
-        return f"needs compute capability 8.0, this GPU has {_cuda(device.index).arch / 10}"
+    if device.type == "cuda" and device_of(device).arch < 80:
+        return f"needs compute capability 8.0, this GPU has {device_of(device).arch / 10}"
     return None
 
 

@@ -60,7 +60,7 @@ def test_threshold():
 
 @triton.jit
 def _order_kernel(out, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    row, column = tile.grouped(tl.program_id(0), M, N, BM, BN, GROUP)
+    row, column = tl.swizzle2d(0, tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     tl.store(out + 2 * tl.program_id(0), row)
     tl.store(out + 2 * tl.program_id(0) + 1, column)
 
