@@ -52,10 +52,6 @@ bool linear(FASTLORA_LINEAR_ARGS) {
          (!column_scale || (vector(*column_scale, out) && floating(*column_scale) && column_scale->device() == x.device()));
 }
 
-bool norm(FASTLORA_NORM_ARGS) {
-  return weight.dim() == 2 && linear(weight, weight, lora_A, lora_B, scaling, {}, {}, ranks, {}, 0, {});
-}
-
 bool routed(FASTLORA_ROUTED_ARGS) {
   if (!base(x, weight, bias) || lora_A.size() != lora_B.size() || route[2].size(0) != rows_of(x)) return false;
   const auto out = weight.size(0), in = weight.size(1), k = std::max<int64_t>(1, slices.size());
@@ -90,8 +86,7 @@ bool expand(FASTLORA_EXPAND_ARGS) {
   const auto R = total_rank(lora_B, 1);
   const auto zt = z.scalar_type(), yt = y.scalar_type();
   if (ids && (ids->sizes() != y.sizes().slice(0, y.dim() - 1) || ids->device() != y.device() || z.dim() != 2 ||
-              (ids->scalar_type() != at::kLong && ids->scalar_type() != at::kInt)))
-    return false;
+              (ids->scalar_type() != at::kLong && ids->scalar_type() != at::kInt))) return false;
   return z.sizes() == IntArrayRef(with_last(ids ? z.sizes() : y.sizes(), R)) && (zt == accumulate_type(yt) || zt == yt) &&
          z.device() == y.device() && gate(scaling, gates, ranks, lora_B.size(), R, y);
 }

@@ -137,8 +137,17 @@ Tensors project_outer(Gated& t, const Gated& z, const Tensor& given, TensorList 
 
 Tensor expand(const Product& q) {
   const auto out = at::empty(q.like.sizes(), q.like.options()).copy_(q.like), y = flat(out).narrow(1, *q.start, q.N);
-  const auto zg = q.z.in(out.scalar_type()), b = with_rows(composed::joined(q.f, true, q.N, zg).t());
+  const auto b = with_rows(composed::joined(q.f, true, q.N, y).t());
   Launch launch(out);
+  if (q.ids.defined()) {
+    const auto a = q.table.t(), ids = q.ids.to(at::kLong).contiguous();
+    GatherParams p{launch.rows(y), launch.rows(a), launch.rows(b)};
+    p.ids = launch.as<const long long>(ids), p.m = y.size(0), p.ranks = a.size(0), p.columns = q.N, p.vocab = a.size(1);
+    launch.gate(p, q.z.gate, p.ranks);
+    launch(library.launch_gather, p, y.scalar_type());
+    return out;
+  }
+  const auto zg = q.z.in(out.scalar_type());
   ExpandParams p{};
   p.y = launch.rows(y), p.z = launch.rows(zg), p.parts[0] = {launch.rows(b), 0, zg.size(1), 0, q.N};
   p.count = 1, p.m = y.size(0);
@@ -188,25 +197,13 @@ Tensor product(Product& q) {
 
 const Products products = {project, outer, product, project_outer};
 
-Tensor gather(const Product& q, const Tensor& table, const Tensor& ids) {
-  const auto out = at::empty(q.like.sizes(), q.like.options()).copy_(q.like), y = flat(out).narrow(1, *q.start, q.N);
-  const auto a = table.t(), b = with_rows(composed::joined(q.f, true, q.N, y).t());
-  const auto rows = ids.to(at::kLong).contiguous();
-  Launch launch(out);
-  GatherParams p{launch.rows(y), launch.rows(a), launch.rows(b)};
-  p.ids = launch.as<const long long>(rows), p.m = y.size(0), p.ranks = a.size(0), p.columns = q.N, p.vocab = a.size(1);
-  launch.gate(p, q.z.gate, p.ranks);
-  launch(library.launch_gather, p, y.scalar_type());
-  return out;
-}
-
 Tensor norm(const Tensor& weight, TensorList lora_A, TensorList lora_B, const Gate& gate) {
-  const int64_t N = weight.size(0), K = weight.size(1), R = total_rank(lora_A, 0);
+  const int64_t N = weight.size(0), K = weight.size(1);
   const auto w = with_rows(weight), norms = at::empty({N}, w.options().dtype(at::kFloat));
   const auto a = with_rows(composed::joined(lora_A, false, K, w)), b = with_rows(composed::joined(lora_B, true, N, w).t());
   Launch launch(w);
   NormsParams p{launch.rows(w), launch.rows(a), launch.rows(b), nullptr, launch.as<float>(norms)};
-  p.n = N, p.k = K, p.ranks = R, p.scale = float(gate.scalar);
+  p.n = N, p.k = K, p.ranks = a.size(0), p.scale = float(gate.scalar);
   if (gate.rows.defined()) p.g = launch.as<const float>(gate.rows);
   launch.split(p, 2, at::ceil_div<int64_t>(N, FASTLORA_NORMS_ROWS), K, 8 * FASTLORA_NORMS_ROWS, w);
   launch(library.launch_norms, p, w.scalar_type());

@@ -26,8 +26,6 @@ std::string objection(const Status&, const std::vector<int64_t>& sizes, bool hal
                       const std::optional<std::string>& form);
 bool takes(const char* op, const Tensor& x);
 
-// y + (z[ids] g) f
-Tensor gather(const Product&, const Tensor& z, const Tensor& ids);
 Tensor norm(const Tensor& weight, TensorList lora_A, TensorList lora_B, const Gate& gate);
 // lora_routed of adapters that all lie in pages
 bool takes_routed(const Tensor& x, TensorList lora_A, TensorList pages);

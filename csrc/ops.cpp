@@ -1,11 +1,8 @@
-// lora_linear, its halves lora_shrink and lora_expand, what their backward needs, and their backward; lora_dropout and
-// draw_seed.
+// The dense ops and their backward; lora_norm, lora_dropout and draw_seed.
 #include "ops.h"
 
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_dense_backward.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/sum.h>
@@ -82,9 +79,9 @@ Tensor lora_expand(FASTLORA_EXPAND_ARGS) {
   Gated given{gate};
   Product p{y, stop - start, {}, {}, given, lora_B, true};
   p.start = start;
-  // of a table as lora_A lies, in y's type: it is as long as the vocabulary, and is not copied
-  if (ids && kernels && z.scalar_type() == y.scalar_type() && z.stride(0) == 1) return cuda::gather(p, z, *ids);
-  given.z = (ids ? at::embedding(z, *ids) : z).to(accumulate_type(y.scalar_type())).contiguous();
+  // a table is as long as the vocabulary, and is not copied: the kernel reads it as lora_A lies, in y's type
+  if (ids && kernels && z.scalar_type() == y.scalar_type() && z.stride(0) == 1) p.table = z, p.ids = *ids;
+  else given.z = (ids ? at::embedding(z, *ids) : z).to(accumulate_type(y.scalar_type())).contiguous();
   return products(kernels, ours).product(p);
 }
 
@@ -104,10 +101,9 @@ ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
 }
 
 Tensor lora_norm(FASTLORA_NORM_ARGS) {
-  const auto gate = make_gate(scaling, {}, ranks, total_rank(lora_A, 0), weight);
-  if (cuda::takes("lora_norm", weight)) return cuda::norm(weight, lora_A, lora_B, gate);
-  const auto w = weight.to(accumulate_type(weight.scalar_type())), b = composed::joined(lora_B, true, w.size(0), w).t();
-  return at::linalg_vector_norm(at::addmm(w, gate.times(b), composed::joined(lora_A, false, w.size(1), w)), 2, {{1}});
+  if (check::linear(weight, weight, lora_A, lora_B, scaling, {}, {}, ranks, {}, 0, {}) && cuda::takes("lora_norm", weight))
+    return cuda::norm(weight, lora_A, lora_B, make_gate(scaling, {}, ranks, total_rank(lora_A, 0), weight));
+  return call<"fastlora::lora_norm", decltype(lora_norm), "reference">(weight, lora_A, lora_B, scaling, ranks);
 }
 
 Tensor lora_dropout(const Tensor& x, double dropout_p, const Tensor& seed) {

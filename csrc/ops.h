@@ -37,8 +37,7 @@ using RoutedBackward = std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tens
   const Tensor &z, TensorList lora_B, const Tensor &scaling, const MaybeTensor &gates, IntArrayRef ranks,                \
       IntArrayRef columns, const MaybeTensor &ids
 #define FASTLORA_EXPAND_ARGS const Tensor &y, FASTLORA_EXPAND_OPTIONS
-#define FASTLORA_NORM_ARGS \
-  const Tensor &weight, TensorList lora_A, TensorList lora_B, const Tensor &scaling, IntArrayRef ranks
+#define FASTLORA_NORM_ARGS const Tensor &weight, TensorList lora_A, TensorList lora_B, const Tensor &scaling, IntArrayRef ranks
 #define FASTLORA_EXPAND_BACKWARD_ARGS const Tensor &dy, FASTLORA_EXPAND_OPTIONS, std::array<bool, 4> needs
 // routes are made by ops/route.py
 #define FASTLORA_ROUTED_OPTIONS \
@@ -121,7 +120,6 @@ namespace check {
 bool linear(FASTLORA_LINEAR_ARGS);
 bool shrink(FASTLORA_SHRINK_ARGS);
 bool expand(FASTLORA_EXPAND_ARGS);
-bool norm(FASTLORA_NORM_ARGS);
 bool routed(FASTLORA_ROUTED_ARGS);
 bool dropout(double p, const MaybeTensor& seed, const Tensor& x);
 

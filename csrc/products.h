@@ -55,6 +55,7 @@ struct Product {
   MaybeTensor column_scale = {}, bias = {};
   Tensor u = {};
   std::optional<int64_t> start = {};   // y is `like` with the update added to its columns from here on
+  Tensor table = {}, ids = {};         // both undefined, or z is undefined, and these rows of the table are it
 };
 
 struct Products {

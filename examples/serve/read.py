@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora import lora_norm
 from fastlora.checkpoint.folder import read_adapter
 from fastlora.nn.convert import dense_weight
-from fastlora.ops import check
+from fastlora.ops import check, lora_norm
 
 
 class Pair(NamedTuple):

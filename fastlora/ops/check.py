@@ -124,10 +124,3 @@ def expand(y, z, lora_B, scaling, gates, ranks, columns, ids):
     if ids is not None:
         tensor("ids", ids, y, y.shape[:-1], torch.int64, torch.int32)
     gate(scaling, gates, ranks, len(lora_B), R, y.shape[:-1], y.device)
-
-
-def norm(weight, lora_A, lora_B, scaling, ranks):
-    """As of a linear layer whose x is W."""
-    dense("weight", weight)
-    value(weight.dim() == 2, "weight", f"shape {tuple(weight.shape)}", "(out, in)")
-    linear(weight, weight, lora_A, lora_B, scaling, None, None, ranks, None, 0.0, None)

@@ -12,14 +12,16 @@ from fastlora.ops.shrink import join
 def lora_norm(weight, lora_A, lora_B, scaling=1.0):
     """The norms n_i = ‖(W + Σ_e s_e lora_B_e lora_A_e)_i‖₂ of an adapted weight's rows, in one pass over W.
 
-    weight (out, in); lora_A (r, in) and lora_B (out, r), or sequences, one pair per adapter; `scaling` a number, a
-    0-d or an (E,) tensor. Returns (out,) in float32 (float64 for float64). DoRA's `column_scale` of `lora_linear` is
-    magnitude / n (Liu et al. 2024, arXiv 2402.09353), where n counts as a constant: it has no gradient. Raises
-    ValueError or TypeError that names the argument.
+    weight (out, in); lora_A (r, in) and lora_B (out, r), or sequences; `scaling` a number, a 0-d or an (E,) tensor.
+    Returns (out,) in float32 (float64 for float64), without a gradient: DoRA's `column_scale` is magnitude / n, of
+    which n counts as a constant (Liu et al. 2024, arXiv 2402.09353). Raises ValueError or TypeError by name.
     """
-    A, B = check.tensors("lora_A", lora_A), check.tensors("lora_B", lora_B)
+    A, B, scaling = check.tensors("lora_A", lora_A), check.tensors("lora_B", lora_B), scalar(scaling)
+    ranks = [a.shape[0] for a in A]
+    check.dense("weight", weight)
+    check.linear(weight, weight, A, B, scaling, None, None, ranks, None, 0.0, None)
     with torch.no_grad():
-        return lora_norm_op(weight, A, B, scalar(scaling), [a.shape[0] for a in A])
+        return lora_norm_op(weight, A, B, scaling, ranks)
 
 
 def lora_norm_reference(weight, lora_A, lora_B, scaling, ranks):
@@ -30,5 +32,5 @@ def lora_norm_reference(weight, lora_A, lora_B, scaling, ranks):
 
 lora_norm_op = define(
     "lora_norm", "Tensor weight, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, int[] ranks", "Tensor",
-    lambda weight, *_: weight.new_empty(weight.shape[0], dtype=wide(weight)), check.norm, lora_norm_reference,
+    lambda weight, *_: weight.new_empty(weight.shape[0], dtype=wide(weight)), reference=lora_norm_reference,
 )  # fmt: skip

@@ -13,6 +13,11 @@ from fastlora.nn.fastpath import is_called
 from fastlora.nn.layer import LoRALayer, check_adapter
 from fastlora.ops import check
 
+__all__ = [
+    "ConvNd", "Embedding", "Linear", "base_module_wrappers", "get_module_task_constructor",
+    "register_base_module_wrapper",
+]  # fmt: skip
+
 
 def default_rank(*sizes):
     """The original's rank: the square root of the smaller of a layer's two sizes."""
