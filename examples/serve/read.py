@@ -6,7 +6,7 @@ import torch
 
 from fastlora.checkpoint.folder import read_adapter
 from fastlora.nn.convert import dense_weight
-from fastlora.ops import check, lora_norm
+from fastlora.ops import check
 
 
 class Pair(NamedTuple):
@@ -35,8 +35,8 @@ def read(model, layers, source, max_rank, dtype, unsafe):
         check.value(known, name, f"lora_alpha {alpha!r:.20}", "a finite number")
         scale = float(alpha) / planned.r
         if name in magnitudes:
-            norms = lora_norm(dense_weight(layers[name]).float().cpu(), A, B, scale)
-            column = magnitudes[name].float().flatten() / norms - 1
+            weight = dense_weight(layers[name]).float().cpu()
+            column = magnitudes[name].float().flatten() / (weight + scale * B @ A).norm(dim=1) - 1
         pair = [None if t is None else t.to(dtype) for t in (A, B, column)]
         finite = all(t is None or bool(t.isfinite().all()) for t in pair)
         check.value(finite, name, "infinity or NaN", f"numbers that {dtype} holds")

@@ -60,6 +60,8 @@ def test_no_gradient(backend):
     [
         ("weight", TypeError, dict(weight=torch.ones(20, 33, dtype=torch.long))),
         ("weight", ValueError, dict(weight=torch.ones(33))),
+        ("weight", ValueError, dict(weight=torch.tensor(1.0))),
+        ("lora_A", ValueError, dict(lora_A=torch.tensor(1.0))),
         ("lora_A", ValueError, dict(lora_A=[torch.ones(3, 32), torch.ones(1, 33)])),
         ("lora_A", TypeError, dict(lora_A=[torch.ones(3, 33).double(), torch.ones(1, 33)])),
         ("lora_A", TypeError, dict(lora_A="a")),
