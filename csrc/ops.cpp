@@ -94,10 +94,10 @@ ExpandBackward lora_expand_backward(FASTLORA_EXPAND_BACKWARD_ARGS) {
   const Gated kept{gate, rows.to(accumulate_type(dy.scalar_type())).contiguous()};
   Gated t{gate};
   auto dB = expand_backward(use, t, need_z || need_scaling || need_gates, kept, need_B, dv, lora_B);
-  auto dz = need_z ? gate.times(flat(t.z)).to(z.scalar_type()).reshape(rows.sizes()) : nothing(z);
+  auto dz = need_z ? gate.times(flat(t.z)).reshape(rows.sizes()) : nothing(z);
   if (need_z && ids) dz = at::embedding_dense_backward(dz, *ids, z.size(0), -1, false);
   auto [dscaling, dgates] = gate_backward(t.z, kept.z, scaling, gates, ranks, need_scaling, need_gates);
-  return {dz, dB, dscaling, dgates};
+  return {dz.to(z.scalar_type()), dB, dscaling, dgates};
 }
 
 Tensor lora_norm(FASTLORA_NORM_ARGS) {

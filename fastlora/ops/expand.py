@@ -41,7 +41,7 @@ def add_update(y, z, lora_B, g):
 
 
 def lora_expand_reference(y, z, lora_B, scaling, gates, ranks, columns, ids):
-    z = z if ids is None else torch.embedding(z, ids)
+    z = (z if ids is None else torch.embedding(z, ids)).to(torch.promote_types(z.dtype, torch.float32))
     g, part = expand_gate(scaling, gates, ranks, y.device, z.dtype), slice(*columns or (None,))
     out = y.clone(memory_format=torch.contiguous_format)
     out[..., part] = add_update(y[..., part].to(z.dtype), z, lora_B, g)
@@ -51,7 +51,7 @@ def lora_expand_reference(y, z, lora_B, scaling, gates, ranks, columns, ids):
 def lora_expand_backward_reference(dy, z, lora_B, scaling, gates, ranks, columns, ids, needs):
     """With t = dy lora_B: dz = t ⊙ g, dB = dyᵀ (z ⊙ g), dg = t ⊙ z."""
     need_z, need_B, need_scaling, need_gates = needs
-    table, z = z, z if ids is None else torch.embedding(z, ids)
+    table, z = z, (z if ids is None else torch.embedding(z, ids)).to(torch.promote_types(z.dtype, torch.float32))
     dy = dy[..., slice(*columns or (None,))].to(z.dtype)
     g = expand_gate(scaling, gates, ranks, dy.device, z.dtype)
     t = join([dy @ b.to(dy.dtype) for b in lora_B], dy, dy.dtype)
@@ -67,7 +67,7 @@ def lora_expand_backward_reference(dy, z, lora_B, scaling, gates, ranks, columns
         dscaling = every.sum_to_size(scaling.shape).to(scaling.device, scaling.dtype)
     if need_gates:
         dgates = (dg * scaling.to(dg.device, dg.dtype)).sum_to_size(gates.shape).to(gates.dtype)
-    return dz, dB, dscaling, dgates
+    return dz.to(table.dtype), dB, dscaling, dgates
 
 
 _ARGUMENTS = (

@@ -85,7 +85,7 @@ class Route:
     def take(self, tokens):
         """The route of these tokens alone, in this order."""
         n = int(self.offsets[-1])
-        return Route(self.offsets, self.slots[:n], self.gates[:n], self.order.device, tokens)
+        return Route(self.offsets, self.slots[:n], self.gates[:n], self.order.device, _integers("tokens", tokens))
 
     def with_room(self, entries, tiles):
         """This route in buffers for so many entries and tiles: what a graph that was captured with it reads."""

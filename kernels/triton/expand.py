@@ -175,7 +175,7 @@ def lora_expand_backward(dy, z, lora_B, scaling, gates, ranks, columns, ids, nee
     t, g, *grads = expand_backward(tile.rows_of(part), z, lora_B, scaling, gates, ranks, needs)
     dz = z.new_empty(0)
     if needs[0]:
-        dz = (t * g.scale if g.rows is None else t * g.scale * g.rows).to(z.dtype).view(z.shape)
+        dz = (t * g.scale if g.rows is None else t * g.scale * g.rows).view(z.shape)
     if needs[0] and ids is not None:
         dz = torch.ops.aten.embedding_dense_backward(dz, ids, len(table), -1, False)
-    return dz, *grads
+    return dz.to(table.dtype), *grads

@@ -93,6 +93,13 @@ def test_expand_of_a_tables_rows(backend, dtype, layout):
     )
 
 
+def test_a_tables_gradient_is_summed_in_fp32(backend):
+    table = torch.ones(3, 2, dtype=torch.bfloat16, requires_grad=True)
+    y, ids = torch.zeros(4096, 8, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.long)
+    lora_expand(y, table, torch.ones(8, 2, dtype=torch.bfloat16), ids=ids).float().sum().backward()
+    assert table.grad.tolist() == [[32768.0, 32768.0], [0.0, 0.0], [0.0, 0.0]]
+
+
 def test_together_they_are_the_update(backend):
     torch.manual_seed(0)
     x, w, a, b = torch.randn(9, 30), torch.randn(21, 30), torch.randn(4, 30), torch.randn(21, 4)
